@@ -1,0 +1,380 @@
+"""The job's state machine: ``handle(job, event, now)`` applies one event and returns the orders that follow from it.
+
+| in | on | to | orders |
+|---|---|---|---|
+| Starting | last rank ready, all seats described | Training | |
+| Starting | loss | Starting | RestartAll, or Stop after too many |
+| Training | loss | Draining, epoch + 1 | Park, StartWorkers |
+| Draining | last report of a round | Draining | Drain, until nobody is in anybody's way |
+| Draining | settled | Staffing | |
+| Staffing | last replacement ready | Executing | ExecutePlan per node |
+| Staffing | no step that all can produce | Starting or Halted | RestartAll from a checkpoint, or Stop |
+| Executing | last rank has executed | Training | Resume |
+| Draining, Staffing, Executing | loss | Draining, epoch + 1 | Park, StartWorkers |
+| Draining, Staffing | rank overdue | Draining, epoch + 1 | Fence, Park, StartWorkers |
+| Executing | overdue | Draining, epoch + 1 | Park |
+| Training | last rank finished | Finished | Release |
+
+What belongs to an older epoch changes nothing, and neither does anything that is told twice. What cannot have happened
+raises ``ImpossibleTransition`` with the story so far.
+
+An execution that is overdue fences nobody at once: one rank that hangs makes all that wait for it overdue as well. All
+are parked anew instead, and whoever does not answer *that* is fenced.
+
+No order follows another to the same rank before the effect of the first was reported (a newer park order excepted), so
+messages may be reordered and repeated on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, Wait, decide_drain
+from megatron_flashrecovery.core.errors import ImpossibleTransition
+from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.core.job import Job, JobConfig
+from megatron_flashrecovery.core.messages import (
+    CheckpointWritten,
+    ClockTicked,
+    Command,
+    Drain,
+    Event,
+    ExecutePlan,
+    NodeJoined,
+    NodeLost,
+    PlanExecuted,
+    PlanFailed,
+    RanksFinished,
+    RanksReady,
+    RanksStood,
+    Release,
+    Resume,
+    SeatsDescribed,
+    WorkersLost,
+)
+from megatron_flashrecovery.core.phases import Draining, Executing, Finished, Halted, Staffing, Starting, Training
+from megatron_flashrecovery.core.planner import Holdings, Unrecoverable, plan_recovery
+from megatron_flashrecovery.core.staffing import fall_back, fence, fill_homeless, halt, open_epoch, restart
+
+__all__ = ["ImpossibleTransition", "Job", "JobConfig", "handle"]
+
+
+def handle(job: Job, event: Event, now: float) -> list[Command]:
+    """Apply one event to the job, and say what to order. Time never runs backwards."""
+    if isinstance(job.phase, Finished | Halted):
+        return []
+    commands = _apply(job, event, now)
+    if not isinstance(event, ClockTicked) or commands:
+        job.story.append((now, job.epoch, type(job.phase).__name__, event))
+    return commands
+
+
+def _apply(job: Job, event: Event, now: float) -> list[Command]:
+    match event:
+        case WorkersLost():
+            return _lose_workers(job, event, now)
+        case NodeLost():
+            return _lose_node(job, event, now)
+        case NodeJoined(node=node, room=room):
+            job.capacity[node] = room
+            return fill_homeless(job, now)
+        case CheckpointWritten(step=step):
+            job.checkpoint = step if job.checkpoint is None else max(step, job.checkpoint)
+            return []
+        case ClockTicked():
+            return _check_deadlines(job, now)
+        case _:
+            pass
+    if event.epoch < job.epoch:
+        return []
+    if event.epoch > job.epoch:
+        raise ImpossibleTransition(job.tell(event, f"epoch {event.epoch} has not begun"))
+    match event:
+        case SeatsDescribed():
+            if isinstance(job.phase, Starting):
+                job.seats.describe(event)
+            return _begin_training(job)
+        case RanksReady(ranks=ranks):
+            return _seat_ready(job, event, ranks, now)
+        case RanksStood():
+            return _record_reports(job, event, now)
+        case PlanExecuted(ranks=ranks):
+            return _record_executed(job, event, ranks, now)
+        case PlanFailed():
+            return _give_up_rank(job, event, now)
+        case RanksFinished(ranks=ranks):
+            return _record_finished(job, event, ranks)
+        case _:
+            _unreachable(event)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def _lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
+    causes: dict[Rank, str] = {}
+    for loss in event.losses:
+        if job.seats.node_of.get(loss.rank) != event.node:
+            continue
+        kept = event.vault.get(loss.rank, ())
+        if loss.epoch is not None and loss.epoch == job.fenced.get(loss.rank):
+            del job.fenced[loss.rank]
+            job.vault[loss.rank] = kept
+        is_known = loss.worker in job.gone or (loss.epoch is not None and loss.epoch < job.started_for(loss.rank))
+        job.gone.add(loss.worker)
+        if not is_known:
+            causes[loss.rank] = loss.cause
+            job.vault[loss.rank] = kept
+    return _lose(job, causes, now)
+
+
+def _lose_node(job: Job, event: NodeLost, now: float) -> list[Command]:
+    job.capacity.pop(event.node, None)
+    ranks = job.seats.evict(event.node)
+    for rank in ranks:
+        job.vault.pop(rank, None)
+        job.fenced.pop(rank, None)
+    return _lose(job, dict.fromkeys(ranks, f"node {event.node} is gone: {event.cause}"), now)
+
+
+def _lose(job: Job, causes: dict[Rank, str], now: float) -> list[Command]:
+    if not causes:
+        return []
+    why = "; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(causes.items())[:8])
+    if isinstance(job.phase, Starting):
+        return restart(job, f"lost before everybody had started: {why}", now)
+    return open_epoch(job, causes, why, now) + _go_on(job, now)
+
+
+def _give_up_rank(job: Job, event: PlanFailed, now: float) -> list[Command]:
+    if event.worker in job.gone or job.seats.node_of.get(event.rank) != event.node:
+        return []
+    if not isinstance(job.phase, Executing):
+        return []
+    job.gone.add(event.worker)
+    if (origin := job.phase.plan.origin_of.get(event.rank)) is not None:
+        job.failed.add((event.rank, origin))
+    why = f"rank {event.rank} could not execute the plan: {event.reason}"
+    return fence(job, {event.rank: event.reason}, why, now) + _go_on(job, now)
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def _seat_ready(job: Job, event: RanksReady, ranks: Iterable[Rank], now: float) -> list[Command]:
+    match job.phase:
+        case Starting() as phase:
+            phase.ready.update(ranks)
+            return _begin_training(job)
+        case Draining() as phase:
+            for rank in ranks:
+                if rank not in job.lost:
+                    raise ImpossibleTransition(job.tell(event, f"rank {rank} is no replacement"))
+                _hear(phase, rank)
+        case Staffing() as phase:
+            for rank in ranks:
+                phase.joining.pop(rank, None)
+        case _:
+            return []
+    return _go_on(job, now)
+
+
+def _begin_training(job: Job) -> list[Command]:
+    match job.phase:
+        case Starting(ready=ready, finished=finished) if len(ready) == len(job.seats) == len(job.seats.described):
+            job.phase = Training(finished)
+            return _release_if_finished(job)
+        case _:
+            return []
+
+
+def _record_reports(job: Job, event: RanksStood, now: float) -> list[Command]:
+    phase = job.phase
+    if not isinstance(phase, Draining | Staffing):
+        return []
+    if event.number > job.number:
+        raise ImpossibleTransition(job.tell(event, f"order {event.number} was never given"))
+    for report in event.reports:
+        if not phase.census.record(report, event.number) or isinstance(phase, Staffing):
+            continue
+        if event.number >= phase.since.get(report.rank, phase.parked):
+            _hear(phase, report.rank)
+    return _go_on(job, now)
+
+
+def _hear(phase: Draining, rank: Rank) -> None:
+    if rank in phase.heard:
+        return
+    phase.heard.add(rank)
+    if phase.joining.pop(rank, None) is None:
+        phase.silent -= 1
+
+
+def _record_executed(job: Job, event: PlanExecuted, ranks: Iterable[Rank], now: float) -> list[Command]:
+    match job.phase:
+        case Executing() as phase:
+            phase.executed.update(ranks)
+            return _resume(job, phase, now) if len(phase.executed) == len(job.seats) else []
+        case Training():
+            return []
+        case _:
+            raise ImpossibleTransition(job.tell(event, "no plan of this epoch was given"))
+
+
+def _record_finished(job: Job, event: RanksFinished, ranks: Iterable[Rank]) -> list[Command]:
+    match job.phase:
+        case Starting(finished=finished) | Training(finished=finished):
+            finished.update(ranks)
+            return _release_if_finished(job)
+        case _:
+            raise ImpossibleTransition(job.tell(event, "nobody was told to train in this epoch"))
+
+
+def _release_if_finished(job: Job) -> list[Command]:
+    match job.phase:
+        case Training(finished=finished) if len(finished) == len(job.seats):
+            job.phase = Finished()
+            return [Release(job.epoch, job.next_number())]
+        case _:
+            return []
+
+
+# --- from one phase of a recovery to the next ------------------------------------------------------------------------
+
+
+def _go_on(job: Job, now: float) -> list[Command]:
+    """Take every step of the recovery that is possible by now."""
+    if isinstance(job.phase, Draining) and not job.phase.silent:
+        orders = _decide_round(job, job.phase, now)
+        if orders:
+            return orders
+    if isinstance(job.phase, Staffing) and not job.phase.joining:
+        return _plan(job, job.phase, now)
+    return []
+
+
+def _decide_round(job: Job, phase: Draining, now: float) -> list[Command]:
+    past = Past(frozenset(phase.severed), phase.answered)
+    sharded = bool(job.seats.sharded)
+    decision = decide_drain(phase.census, sharded, past, is_patient=True)
+    if isinstance(decision, Wait) and decision.groups and decision == phase.waiting and now >= phase.patient_until:
+        decision = decide_drain(phase.census, sharded, past, is_patient=False)
+    match decision:
+        case Wait():
+            if decision != phase.waiting:
+                phase.waiting, phase.patient_until = decision, now + job.config.drain_grace
+            return []
+        case Settled():
+            assert job.timeline is not None
+            job.timeline.parked = now
+            job.phase = Staffing(phase.census, phase.joining)
+            return []
+        case Disentangle():
+            return _order_drain(job, phase, decision, now)
+
+
+def _order_drain(job: Job, phase: Draining, decision: Disentangle, now: float) -> list[Command]:
+    """Tell every node what concerns its ranks; all who are concerned have to report again."""
+    number = job.next_number()
+    phase.waiting = None
+    phase.deadline = now + job.config.drain_timeout
+    phase.severed.update(decision.sever)
+    phase.answered.update({rank: len(phase.census.reports[rank].told) for rank in decision.answer})
+    severed_at = {rank for key in decision.sever for rank in job.seats.members_of[key] if rank in phase.census.reports}
+    concerned = severed_at | decision.advance | decision.answer.keys()
+    phase.heard -= concerned
+    phase.silent += len(concerned)
+    phase.since.update(dict.fromkeys(concerned, number))
+    return [
+        Drain(
+            node,
+            job.epoch,
+            number,
+            advance=tuple(rank for rank in ranks if rank in decision.advance),
+            sever={
+                key: reason
+                for key, reason in decision.sever.items()
+                if not job.seats.ranks_on[node].isdisjoint(job.seats.members_of[key])
+            },
+            answer={rank: decision.answer[rank] for rank in ranks if rank in decision.answer},
+        )
+        for node, ranks in job.seats.by_node(concerned).items()
+    ]
+
+
+def _plan(job: Job, phase: Staffing, now: float) -> list[Command]:
+    assert job.timeline is not None
+    job.timeline.staffed = job.timeline.planned = now
+    plan = plan_recovery(job.epoch, job.seats, Holdings(phase.census, job.vault, job.failed))
+    if isinstance(plan, Unrecoverable):
+        return fall_back(job, str(plan), now)
+    job.phase = Executing(plan, deadline=now + job.config.execute_timeout)
+    number = job.next_number()
+    return [
+        ExecutePlan(node, job.epoch, number, plan.resume_step, plan.regather, shares)
+        for node, shares in plan.shares_of.items()
+    ]
+
+
+def _resume(job: Job, phase: Executing, now: float) -> list[Command]:
+    assert job.timeline is not None
+    step = phase.plan.resume_step
+    job.recoveries.append(job.timeline.close(phase.plan, now))
+    if job.last_resume is None or step > job.last_resume:
+        job.setbacks.clear()
+    job.last_resume = Step(step)
+    job.rounds = 0
+    job.begin_anew()
+    job.phase = Training()
+    return [Resume(job.epoch, job.next_number(), step)]
+
+
+# --- deadlines -------------------------------------------------------------------------------------------------------
+
+
+def _check_deadlines(job: Job, now: float) -> list[Command]:
+    match job.phase:
+        case Starting(deadline=deadline) if deadline is not None and now >= deadline:
+            return halt(job, f"no node has room for rank {_names(job.seats.homeless)}")
+        case Executing(deadline=deadline, executed=executed) if now >= deadline:
+            job.rounds += 1
+            late = [rank for rank in job.seats.node_of if rank not in executed]
+            return open_epoch(job, {}, f"rank {_names(late)} did not execute the plan in time", now)
+        case Draining() | Staffing() as phase:
+            late_joiners = [rank for rank, due in phase.joining.items() if now >= due]
+            if homeless := job.seats.homeless.intersection(late_joiners):
+                return halt(job, f"no node has room for rank {_names(homeless)}")
+            if late_joiners:
+                return _fence_late(job, late_joiners, "did not join in time", now)
+            if isinstance(phase, Draining):
+                return _check_drain(job, phase, now)
+            return []
+        case _:
+            return []
+
+
+def _check_drain(job: Job, phase: Draining, now: float) -> list[Command]:
+    if not phase.silent and (phase.waiting is None or phase.waiting.groups):
+        return _go_on(job, now)
+    if now < phase.deadline:
+        return []
+    if phase.silent:
+        late = [rank for rank in job.seats.node_of if rank not in phase.heard and rank not in phase.joining]
+        return _fence_late(job, late, "did not stop in time", now)
+    return _fence_late(job, sorted(phase.census.blocked), "could not be freed in time", now)
+
+
+def _fence_late(job: Job, late: Iterable[Rank], what: str, now: float) -> list[Command]:
+    job.rounds += 1
+    ranks = dict.fromkeys(sorted(late), what)
+    return fence(job, ranks, f"rank {_names(ranks)} {what}", now) + _go_on(job, now)
+
+
+def _names(ranks: Iterable[Rank]) -> str:
+    names = [str(rank) for rank in sorted(ranks)]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _unreachable(value: NoReturn) -> NoReturn:
+    raise AssertionError(f"unhandled {value!r}")

@@ -1,0 +1,115 @@
+"""One round of getting stopped ranks out of each other's way, decided once everybody has reported.
+
+A rank is *blocked* inside an operation of a whole communicator because a partner stopped before entering it. Nobody
+unwinds a whole communicator by guessing. An operation under way can
+- still complete by itself, because every partner has issued it: wait, for at most a grace period;
+- complete if partners that stand exactly before it go ahead with this one operation: *advance* them, all those that the
+  operation needs and whatever their own operations need, or none;
+- not complete: *sever* the group, which frees who is blocked in it. Only when nothing else can move any more, because
+  what moves may still bring a partner along.
+Operations of which nobody waits for the end (asynchronous ones, eager sends) are completed where that is possible, so
+that their group can be kept; else their group is rebuilt, and nothing is severed for them.
+
+Advancing ends: an advanced rank completes what somebody had begun and begins nothing that its partners do not.
+
+With a replicated optimizer, ranks that are in the middle of an update which somebody else has applied are then
+*answered* (see ``answers``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from megatron_flashrecovery.core.answers import find_answers
+from megatron_flashrecovery.core.census import Census
+from megatron_flashrecovery.core.entanglement import all_or_none, under_way
+from megatron_flashrecovery.core.ids import GroupKey, Rank
+from megatron_flashrecovery.core.messages import Told
+
+
+@dataclass(frozen=True)
+class Disentangle:
+    """Orders of this round; the next one is decided when all who are concerned have reported again."""
+
+    advance: frozenset[Rank] = frozenset()
+    sever: Mapping[GroupKey, str] = field(default_factory=dict)
+    answer: Mapping[Rank, tuple[Told, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """These groups have operations under way that complete by themselves; these ranks are about to be freed."""
+
+    groups: frozenset[GroupKey]
+    ranks: frozenset[Rank] = frozenset()
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Nobody is blocked and nothing moves any more."""
+
+
+Decision: TypeAlias = Disentangle | Wait | Settled
+
+
+@dataclass(frozen=True)
+class Past:
+    """What was ordered earlier in this epoch. ``answered`` counts the results that a rank had when it was answered."""
+
+    severed: frozenset[GroupKey] = frozenset()
+    answered: Mapping[Rank, int] = field(default_factory=dict)
+
+
+def decide_drain(census: Census, sharded: bool, past: Past, is_patient: bool) -> Decision:
+    """``is_patient``: operations under way still have time to complete by themselves."""
+    blocked_in = _blocked_in(census)
+    hopeless = {key for key in blocked_in if not census.is_whole(key)}
+    advance: set[Rank] = set()
+    moving: set[GroupKey] = set()
+    for key in sorted({*blocked_in, *census.suspect}):
+        if not census.is_whole(key) or key in past.severed:
+            continue
+        for demands in under_way(census, key):
+            if not demands:
+                moving.add(key)
+            else:
+                advance |= all_or_none(census, demands, past.severed)
+    give_up = not advance and not (moving and is_patient)
+    sever = {
+        key: _why(census, key, rank)
+        for key, rank in sorted(blocked_in.items())
+        if key not in past.severed and (give_up or key in hopeless)
+    }
+    if advance or sever:
+        return Disentangle(advance=frozenset(advance), sever=sever)
+    if (moving and is_patient) or census.blocked:
+        return Wait(frozenset(moving), frozenset(census.blocked))
+    answer = {} if sharded else find_answers(census, past.answered)
+    return Disentangle(answer=answer) if answer else Settled()
+
+
+def _blocked_in(census: Census) -> dict[GroupKey, Rank]:
+    """The groups in which somebody is blocked, with the smallest such rank."""
+    found: dict[GroupKey, Rank] = {}
+    for rank in sorted(census.blocked):
+        spot = census.reports[rank].spot
+        if spot is not None:
+            found.setdefault(spot.group, rank)
+    return found
+
+
+def _why(census: Census, key: GroupKey, rank: Rank) -> str:
+    """Why ``rank``, blocked in ``key``, will not get out by itself; for the journal."""
+    if (reason := census.reason_to_rebuild(key)) is not None and not census.is_whole(key):
+        return reason
+    spot = census.reports[rank].spot
+    assert spot is not None
+    for demands in under_way(census, key):
+        for demand in demands:
+            report = census.reports.get(demand.rank)
+            other = None if report is None else report.spot
+            at = "in no operation" if other is None else f"at {other.operation} of {other.group}"
+            return f"rank {rank} is in {spot.operation}, but rank {demand.rank} stands {at}"
+    return f"{spot.operation} of rank {rank} did not complete in time"

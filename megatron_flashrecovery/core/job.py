@@ -1,0 +1,114 @@
+"""The state of a job, owned by one writer: the coordinator."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.messages import Event
+from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staffing, Starting
+from megatron_flashrecovery.core.planner import Origin
+from megatron_flashrecovery.core.recovery import Recovery, Timeline
+from megatron_flashrecovery.core.seats import Seats
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """How long the coordinator waits, in seconds, and how often it tries.
+
+    ``drain_timeout`` bounds the time from an order to stop (or to get out of the way) to the report; ``drain_grace``
+    how long operations that should complete by themselves may take. ``max_rounds`` is how many deadlines in a row may
+    be missed, and how often one seat may be lost without progress, before the job falls back; ``max_restarts`` how
+    often all workers may be started from the top.
+    """
+
+    drain_timeout: float = 10.0
+    drain_grace: float = 2.0
+    join_timeout: float = 120.0
+    execute_timeout: float = 60.0
+    max_rounds: int = 3
+    max_restarts: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.drain_grace <= self.drain_timeout:
+            raise ConfigError("drain_grace must be positive and at most drain_timeout")
+        if self.join_timeout <= 0 or self.execute_timeout <= 0:
+            raise ConfigError("join_timeout and execute_timeout must be positive")
+        if self.max_rounds < 1 or self.max_restarts < 0:
+            raise ConfigError("max_rounds must be at least 1 and max_restarts at least 0")
+
+
+class Job:
+    """``seats`` says which ranks the agents start at first; nothing is ordered for that."""
+
+    def __init__(self, config: JobConfig, seats: Seats) -> None:
+        self.config = config
+        self.seats = seats
+        self.epoch = Epoch(0)
+        self.number = OrderNumber(0)
+        self.phase: Phase = Starting()
+        self.checkpoint: Step | None = None
+        self.recoveries: list[Recovery] = []
+        self.capacity: dict[NodeId, int] = {}
+        self.gone: set[WorkerId] = set()
+        """Workers whose end is known: it may be told twice."""
+        self.restarts = 0
+        self.story: deque[tuple[float, Epoch, str, Event]] = deque(maxlen=60)
+        self.last_resume: Step | None = None
+        self.setbacks: Counter[Rank] = Counter()
+        """How often each seat was lost since the job last made progress."""
+        self.rounds = 0
+        """Deadlines missed since everybody last trained."""
+        self.base = Epoch(0)
+        self.staffed: dict[Rank, Epoch] = {}
+        """The epoch that the worker of a seat was started for, if it is later than ``base``."""
+        self.begin_anew()
+
+    @classmethod
+    def start(cls, config: JobConfig, seats: Mapping[NodeId, tuple[Rank, ...]], sharded: bool) -> Job:
+        """``sharded`` holds until the nodes have described their seats."""
+        job = cls(config, Seats(seats))
+        job.seats.sharded = sharded
+        return job
+
+    def begin_anew(self) -> None:
+        """Everybody trains again, or starts from the top: what was known of the recovery is of no more use."""
+        self.timeline: Timeline | None = None
+        self.lost: set[Rank] = set()
+        """Seats vacated since everybody last trained."""
+        self.vault: dict[Rank, tuple[Step, ...]] = {}
+        self.fenced: dict[Rank, Epoch] = {}
+        """For which epoch the worker was started that was fenced on a seat, until its agent says what it left."""
+        self.carried: dict[GroupKey, str] = {}
+        self.failed: set[tuple[Rank, Origin]] = set()
+
+    def next_number(self) -> OrderNumber:
+        self.number = OrderNumber(self.number + 1)
+        return self.number
+
+    def tell(self, event: Event, why: str) -> str:
+        """The whole story of an event that cannot have happened."""
+        story = [f"{now:.3f} epoch {epoch} {phase}: {event}" for now, epoch, phase, event in self.story]
+        return "\n  ".join([why, *story, f"now epoch {self.epoch} {type(self.phase).__name__}: {event}"])
+
+    def started_for(self, rank: Rank) -> Epoch:
+        return self.staffed.get(rank, self.base)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When ``ClockTicked`` can make a difference next, at the earliest."""
+        match self.phase:
+            case Starting(deadline=deadline):
+                return deadline
+            case Draining() as phase:
+                moments = [*phase.joining.values(), phase.deadline]
+                return min([*moments, phase.patient_until] if phase.waiting else moments)
+            case Staffing(joining=joining):
+                return min(joining.values(), default=None)
+            case Executing(deadline=deadline):
+                return deadline
+            case _:
+                return None

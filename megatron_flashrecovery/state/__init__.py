@@ -1,0 +1,1 @@
+"""Between tensors and host memory: pieces, snapshots, and the store that keeps them."""

@@ -1,0 +1,167 @@
+"""Gloo as a transport that can be severed: shut exactly the TCP connections of one communicator, and everybody wakes.
+
+``ProcessGroupGloo.abort()`` returns at once and unblocks nobody; a shut connection fails every pair that uses it, here and
+at the other end, within milliseconds. Which connections are ours? Other threads (mirror links, RPC, the store) open
+sockets at any time, so comparing the descriptors of the process before and after proves nothing. But a gloo device has an
+epoll set of its own, and all its connections are in it: we make one device per communicator, recognise its epoll set (it
+appears while the device is made, before anything is connected, and holds nothing but a new listening socket), and read the
+set's members from ``/proc/self/fdinfo`` when we sever. Members carry their inodes, so that a descriptor that was reused
+in between is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_flashrecovery.comm.communicator import TRANSPORTS, GroupIdentity
+
+_MEMBER = re.compile(r"^tfd:\s*(\d+)\s.*\bino:([0-9a-f]+)\b", re.MULTILINE)
+_DEVICE_LOCK = threading.Lock()
+
+
+class GlooTransport:
+    """One gloo context: a device, its connections, its threads."""
+
+    host_synchronous = True
+
+    def __init__(self, identity: GroupIdentity, store: dist.Store) -> None:
+        self.backend_type = dist.ProcessGroup.BackendType.GLOO
+        options = dist.ProcessGroupGloo._Options()
+        devices, self._epolls = _create_devices()
+        options._devices = devices
+        options._threads = 2 * len(devices)
+        options._timeout = identity.timeout
+        options.global_ranks_in_group = [int(rank) for rank in identity.ranks]
+        options.group_name = str(identity.key)
+        self._lock = threading.Lock()
+        self.backend: Any = dist.ProcessGroupGloo(store, identity.rank, identity.size, options)
+        self.backend._set_sequence_number_for_group()
+
+    def connect(self) -> None:
+        """Gloo connects everybody when it is created."""
+
+    def wait(self, work: Any, timeout: timedelta | None) -> None:
+        work.wait() if timeout is None else work.wait(timeout)
+
+    def finish(self, work: Any) -> None:
+        work.wait()
+
+    def sever(self) -> None:
+        # The lock: once the device is closed, its epoll descriptor may belong to somebody else.
+        with self._lock:
+            for epoll in self._epolls:
+                for descriptor, inode in _members(epoll):
+                    _shut(descriptor, inode)
+
+    def settle(self) -> None:
+        """Severing is done when ``sever`` returns."""
+
+    def close(self, gently: bool) -> None:
+        if not gently:
+            self.sever()
+        with self._lock:
+            self._epolls = ()
+        # Gloo's loop takes 10 to 20 ms to notice that it shall end. Nobody needs to wait for that, least of all a
+        # recovery, once for each of its groups; the destructor does not hold the interpreter's lock while it waits.
+        backend, self.backend = [self.backend], None
+        threading.Thread(target=backend.clear, name="flashrecovery-close").start()
+
+
+def _create_devices() -> tuple[list[object], tuple[int, ...]]:
+    """One device per interface that ``GLOO_SOCKET_IFNAME`` names, as torch would make them, with their epoll descriptors."""
+    make = dist.ProcessGroupGloo
+    interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    devices, epolls = [], []
+    with _DEVICE_LOCK:
+        for interface in interfaces or [""]:
+            known = {inode for epoll in _epolls() for _, inode in _members(epoll)}
+            devices.append(make.create_device(interface=interface) if interface else make.create_default_device())
+            fresh = [epoll for epoll in _epolls() if _is_new_device(epoll, known)]
+            if len(fresh) != 1:
+                raise RuntimeError(f"cannot tell the event loop of a new gloo device from {len(fresh)} candidates")
+            epolls.append(fresh[0])
+    return devices, tuple(epolls)
+
+
+def _epolls() -> list[int]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                found.append(int(name))
+        except FileNotFoundError:
+            continue  # the descriptor of the listing itself, or closed by another thread meanwhile
+    return found
+
+
+def _is_new_device(epoll: int, known: set[int]) -> bool:
+    """One listening TCP socket that no event loop had before, and no other socket. The number of the descriptor says
+    nothing: it may have belonged to a device that is being closed. Another library's loop may appear in the same
+    microseconds, but not with this in it."""
+    members = _members(epoll)
+    sockets = [held for descriptor, inode in members if (held := _hold(descriptor, inode)) is not None]
+    try:
+        return (
+            len(sockets) == 1
+            and os.fstat(sockets[0].fileno()).st_ino not in known
+            and _is_tcp(sockets[0])
+            and _is_listening(sockets[0])
+        )
+    finally:
+        for held in sockets:
+            held.close()
+
+
+def _members(epoll: int) -> list[tuple[int, int]]:
+    try:
+        with open(f"/proc/self/fdinfo/{epoll}") as lines:
+            return [(int(descriptor), int(inode, 16)) for descriptor, inode in _MEMBER.findall(lines.read())]
+    except FileNotFoundError:
+        return []
+
+
+def _hold(descriptor: int, inode: int) -> socket.socket | None:
+    """A socket object over a duplicate, if the descriptor is (still) this socket. The caller closes it."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return None
+    # First duplicate, then compare: what has been compared can no longer change hands.
+    try:
+        if os.fstat(copy).st_ino == inode:
+            return socket.socket(fileno=copy)
+    except OSError:
+        pass  # a pipe or an eventfd: part of the loop, no connection
+    os.close(copy)
+    return None
+
+
+def _is_tcp(held: socket.socket) -> bool:
+    return held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM
+
+
+def _is_listening(held: socket.socket) -> bool:
+    return bool(held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _shut(descriptor: int, inode: int) -> None:
+    held = _hold(descriptor, inode)
+    if held is None:
+        return
+    with held:
+        # Never the listening socket: gloo ends the process when it is gone.
+        if _is_tcp(held) and not _is_listening(held):
+            try:
+                held.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                return  # the peer was faster
+
+
+TRANSPORTS["gloo"] = GlooTransport

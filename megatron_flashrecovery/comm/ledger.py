@@ -1,0 +1,144 @@
+"""What a member has issued and completed on one communicator: by these counts it is kept, or is not."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Hashable
+from typing import Protocol
+
+from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.core.messages import GroupCount, PairCount
+
+_MASK = (1 << 63) - 1
+_OUTSTANDING_BEFORE_POLL = 64
+
+
+class Pollable(Protocol):
+    def poll(self) -> None:
+        """Look, without blocking, whether the operation is over, and settle its entry if it is."""
+
+    def drain(self) -> None:
+        """Have somebody else wait for it, if that is the only way to learn that it is over."""
+
+
+class Entry:
+    """One issued operation. ``peers`` are the global ranks at the other ends, once per message."""
+
+    __slots__ = ("collective", "peers", "period", "settled")
+
+    def __init__(self, period: int, collective: bool, peers: tuple[Rank, ...] = ()) -> None:
+        self.period = period
+        self.collective = collective
+        self.peers = peers
+        self.settled = False
+
+
+class _Pair:
+    __slots__ = ("open", "received", "sent")
+
+    def __init__(self) -> None:
+        self.sent = self.received = self.open = 0
+
+
+class Ledger:
+    """Written by the thread that issues operations, read by any thread. All methods are safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._token_of: dict[Hashable, int] = {}
+        self._period = 0
+        self._outstanding: dict[Entry, Pollable] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._issued = self._completed = self._digest = 0
+        self._pairs: dict[Rank, _Pair] = {}
+        self._broken: str | None = None
+
+    @property
+    def issued(self) -> int:
+        return self._issued
+
+    @property
+    def has_outstanding(self) -> bool:
+        return bool(self._outstanding)
+
+    def issue(self, signature: Hashable) -> Entry:
+        """Count a collective. The digest is over what every member must pass alike, in the order of issue."""
+        token = self._token_of.get(signature)
+        if token is None:
+            # crc32, not hash(): strings hash differently in every process. Cached: the text costs more than the rest.
+            token = self._token_of[signature] = zlib.crc32(repr(signature).encode())
+        with self._lock:
+            self._issued += 1
+            self._digest = (self._digest * 1_000_003 + token) & _MASK
+            return Entry(self._period, True)
+
+    def issue_pairs(self, sends: tuple[Rank, ...], receives: tuple[Rank, ...]) -> Entry:
+        with self._lock:
+            for rank in sends:
+                pair = self._pairs.setdefault(rank, _Pair())
+                pair.sent += 1
+                pair.open += 1
+            for rank in receives:
+                pair = self._pairs.setdefault(rank, _Pair())
+                pair.received += 1
+                pair.open += 1
+            return Entry(self._period, False, sends + receives)
+
+    def watch(self, entry: Entry, pending: Pollable) -> None:
+        """Remember an operation that may complete without anybody waiting for it."""
+        self._outstanding[entry] = pending
+        if len(self._outstanding) > _OUTSTANDING_BEFORE_POLL:
+            self.refresh()
+
+    def received_from(self, rank: Rank) -> None:
+        """A receive from anybody turned out to be from this rank."""
+        with self._lock:
+            self._pairs.setdefault(rank, _Pair()).received += 1
+
+    def complete(self, entry: Entry) -> None:
+        """Repeating it changes nothing, nor does completing what was issued before the counts began again."""
+        with self._lock:
+            self._outstanding.pop(entry, None)
+            if entry.settled:
+                return
+            entry.settled = True
+            if entry.period != self._period:
+                return
+            self._completed += entry.collective
+            for rank in entry.peers:
+                self._pairs[rank].open -= 1
+
+    def fail(self, entry: Entry, reason: str) -> None:
+        """The operation will never complete: it stays open, and the communicator is broken."""
+        with self._lock:
+            self._outstanding.pop(entry, None)
+            entry.settled = True
+            if entry.period == self._period and self._broken is None:
+                self._broken = reason
+
+    def mark_broken(self, reason: str) -> None:
+        with self._lock:
+            self._broken = self._broken or reason
+
+    def reset(self) -> None:
+        """Begin again at zero; operations of before neither count nor are watched any longer."""
+        with self._lock:
+            self._period += 1
+            self._outstanding.clear()
+            self._clear()
+
+    def refresh(self) -> None:
+        for pending in list(self._outstanding.values()):
+            pending.poll()
+
+    def drain(self) -> None:
+        for pending in list(self._outstanding.values()):
+            pending.drain()
+
+    def count(self) -> GroupCount:
+        with self._lock:
+            pairs = {rank: PairCount(pair.sent, pair.received, pair.open) for rank, pair in self._pairs.items()}
+            return GroupCount(self._issued, self._completed, self._digest, pairs, self._broken)

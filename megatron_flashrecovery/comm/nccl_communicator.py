@@ -1,0 +1,152 @@
+"""NCCL as a transport that can be severed: abort as one batch, and never believe an operation that an abort ended.
+
+The host runs ahead of the device, and an aborted operation completes on its stream with garbage. Therefore an operation is
+complete only if the device event behind it completed while no abort had begun; and aborts run on a thread of their own,
+because ``ncclCommAbort`` may wait for a kernel that waits for another communicator (NVIDIA/nccl#1013, pytorch#119797).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_flashrecovery.comm.communicator import TRANSPORTS, GroupIdentity, Severed
+from megatron_flashrecovery.core.errors import ConfigError
+
+_HEARTBEAT_SECONDS = 3600
+"""Longer than any fence of ours: torch's monitor ends the process when its own watchdog is late."""
+
+
+def nccl_environment() -> Mapping[str, str]:
+    """What must be set before any group exists: torch's watchdog must leave errors and aborts to us."""
+    return {
+        # 3, the default, tears the process down when a peer fails (pytorch ProcessGroupNCCL.hpp, ErrorHandlingMode).
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+        "TORCH_NCCL_PROPAGATE_ERROR": "0",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(_HEARTBEAT_SECONDS),
+        # Dumping on a timeout reads the store of rank 0 and may hold an abort up for a minute.
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }
+
+
+def contradictions(environ: Mapping[str, str]) -> list[str]:
+    """One line for each setting of the user's that recovery cannot live with."""
+    wrong = [
+        f"{name}={environ[name]} contradicts flash recovery, which needs {value}: unset it"
+        for name, value in nccl_environment().items()
+        if name in environ and name != "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC" and environ[name] != value
+    ]
+    heartbeat = environ.get("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(_HEARTBEAT_SECONDS))
+    if not heartbeat.isdigit() or int(heartbeat) < _HEARTBEAT_SECONDS:
+        wrong.append(
+            f"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC={heartbeat} is shorter than a fence may take: "
+            f"use at least {_HEARTBEAT_SECONDS}, or unset it"
+        )
+    # The old spellings win over the new ones in some torch versions.
+    wrong += [
+        f"{name} contradicts flash recovery: unset it"
+        for name in ("NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT", "TORCH_NCCL_BLOCKING_WAIT")
+        if environ.get(name, "0") != "0"
+    ]
+    return wrong
+
+
+class NcclTransport:
+    """One ``ProcessGroupNCCL``; it may hold several NCCL communicators (point-to-point pairs have their own)."""
+
+    host_synchronous = False
+
+    def __init__(self, identity: GroupIdentity, store: dist.Store) -> None:
+        if not dist.is_nccl_available():
+            raise ConfigError("this torch has no NCCL: use --distributed-backend gloo, or a build for CUDA")
+        self.backend_type = dist.ProcessGroup.BackendType.NCCL
+        self._device = identity.device
+        self._aborting = threading.Event()
+        self._aborted = threading.Event()
+        self.backend: Any = dist.ProcessGroupNCCL(store, identity.rank, identity.size, _options(identity))
+        self.backend._set_sequence_number_for_group()
+
+    def connect(self) -> None:
+        # Eagerly, or the first to come would set it up while others are still restoring: a hang that looks like a fault.
+        device = self._device or torch.device("cuda", torch.cuda.current_device())
+        self.backend.eager_connect_single_device(device)
+
+    def wait(self, work: Any, timeout: timedelta | None) -> None:
+        work.wait() if timeout is None else work.wait(timeout)
+
+    def finish(self, work: Any) -> None:
+        work.wait()
+        event = torch.cuda.Event()
+        event.record()
+        event.synchronize()
+        if self._aborting.is_set():
+            raise Severed("aborted while the operation was under way")
+
+    def sever(self) -> None:
+        self.sever_batch([self])
+
+    @staticmethod
+    def sever_batch(transports: Sequence[NcclTransport]) -> None:
+        """Abort all of them as one batch, on a thread of its own; ``settle`` waits for it."""
+        transports = [transport for transport in transports if not transport._aborting.is_set()]
+        for transport in transports:
+            transport._aborting.set()
+        threading.Thread(target=_abort, args=(tuple(transports),), name="flashrecovery-abort", daemon=True).start()
+
+    def settle(self) -> None:
+        if self._aborting.is_set() and not self._aborted.wait(_ABORT_DEADLINE.total_seconds()):
+            raise Severed(f"an abort did not end within {_ABORT_DEADLINE}: this device is lost")
+
+    def close(self, gently: bool) -> None:
+        # No rank of a node may free what another has not aborted (NVIDIA/nccl#863): the session reports only after
+        # ``settle``, and nobody rebuilds before all have reported.
+        if gently and not self._aborting.is_set():
+            self.backend.shutdown()
+        else:
+            self.sever()
+            self.settle()
+        self.backend = None
+
+
+_ABORT_DEADLINE = timedelta(seconds=30)
+
+
+def _abort(transports: Sequence[NcclTransport]) -> None:
+    # Between group start and end NCCL begins all aborts before it waits for any (as c10d._abort_process_group does).
+    backends = [transport.backend for transport in transports if transport.backend is not None]
+    first = backends[0] if backends else None
+    try:
+        if first is not None:
+            first._group_start()
+        for backend in backends:
+            # An abort that fails leaves a communicator that is dead anyway; the others must still be aborted.
+            with contextlib.suppress(RuntimeError):
+                backend.abort()
+        if first is not None:
+            first._group_end()
+    finally:
+        for transport in transports:
+            transport._aborted.set()
+
+
+def _options(identity: GroupIdentity) -> Any:
+    """A copy of the user's, so that a later communicator starts from the same."""
+    options = dist.ProcessGroupNCCL.Options()
+    if identity.options is not None:
+        options.is_high_priority_stream = identity.options.is_high_priority_stream
+        options.config = copy.copy(identity.options.config)
+    options._timeout = identity.timeout
+    options.global_ranks_in_group = [int(rank) for rank in identity.ranks]
+    options.group_name = str(identity.key)
+    return options
+
+
+TRANSPORTS["nccl"] = NcclTransport

@@ -1,0 +1,190 @@
+"""All groups of this process: made, counted, severed and rebuilt here, in the order in which the framework made them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, sever_together
+from megatron_flashrecovery.comm.gloo_communicator import GlooTransport
+from megatron_flashrecovery.comm.handle import FlashGroup
+from megatron_flashrecovery.comm.install import GroupRequest, Installation
+from megatron_flashrecovery.comm.nccl_communicator import NcclTransport
+from megatron_flashrecovery.comm.parking import Parking
+from megatron_flashrecovery.comm.recording import Recorder, Replay
+from megatron_flashrecovery.comm.startup_record import StartupRecord
+from megatron_flashrecovery.comm.whereabouts import Whereabouts
+from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank
+from megatron_flashrecovery.core.messages import GroupCount, Spot
+
+TRANSPORTS = (GlooTransport, NcclTransport)
+_RANKS_SPELLED_OUT = 16
+
+
+class GroupRegistry:
+    """The groups of one rank. ``store`` outlives every worker; ``joining`` is the record that a replacement replays."""
+
+    def __init__(
+        self,
+        *,
+        rank: Rank,
+        world_size: int,
+        store: dist.Store,
+        parking: Parking,
+        epoch: Epoch,
+        timeout: timedelta,
+        tree_above: int = 64,
+        joining: StartupRecord | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._parking = parking
+        self._epoch = epoch
+        self._timeout = timeout
+        self._tree_above = tree_above
+        self._record = joining
+        self._start_epoch = Epoch(joining.epoch) if joining is not None else epoch
+        self._recording = True
+        self._groups: dict[GroupKey, FlashGroup] = {}
+        self._same_ranks: Counter[tuple[Rank, ...]] = Counter()
+        self._whereabouts = Whereabouts()
+        self._installation = Installation(self)
+
+    def install(self) -> None:
+        """From now on every group that this process makes, the world included, is a handle of this registry."""
+        self._installation.install()
+
+    def uninstall(self) -> None:
+        """Take the patches back; for tests. Existing handles keep working."""
+        self._installation.uninstall()
+
+    @property
+    def joining(self) -> bool:
+        return self._record is not None
+
+    @property
+    def groups(self) -> Mapping[GroupKey, FlashGroup]:
+        """In the order of creation, which is the same on all members."""
+        return self._groups
+
+    def members(self, key: GroupKey) -> tuple[Rank, ...]:
+        return self._groups[key].identity.ranks
+
+    def groups_with(self, ranks: Iterable[Rank]) -> list[GroupKey]:
+        wanted = set(ranks)
+        return [key for key, group in self._groups.items() if not wanted.isdisjoint(group.identity.ranks)]
+
+    def counts(self) -> dict[GroupKey, GroupCount]:
+        """From any thread. Looks first whether outstanding operations are over."""
+        for group in list(self._groups.values()):
+            group.ledger.refresh()
+            group.ledger.drain()
+        return {key: group.ledger.count() for key, group in list(self._groups.items())}
+
+    def standing(self) -> tuple[Spot, float] | None:
+        """The operation inside which a thread is blocked right now, and since when on the monotonic clock."""
+        return self._whereabouts.standing()
+
+    def outstanding(self) -> bool:
+        return any(group.ledger.has_outstanding for group in list(self._groups.values()))
+
+    def sever(self, keys: Iterable[GroupKey], reason: str) -> None:
+        """From any thread; does not block. Everybody inside these groups fails at once, remote members included."""
+        groups = [self._groups[key] for key in keys if key in self._groups]
+        for group in groups:
+            group.ledger.mark_broken(reason)
+        sever_together([each for group in groups if (each := group.communicator) is not None], reason)
+
+    def rebuild(self, keys: Iterable[GroupKey], epoch: Epoch) -> None:
+        """On the main thread of every member, for the same groups: new communicators under the prefix of ``epoch``."""
+        self._epoch = epoch
+        wanted = set(keys)
+        chosen = [group for key, group in self._groups.items() if key in wanted]
+        # All are closed before any is made, so that nobody waits for a member that is still stuck in an old one.
+        for group in chosen:
+            group.disconnect()
+            group.ledger.reset()
+        for group in chosen:
+            self._connect(group)
+
+    def go_live(self, epoch: Epoch) -> None:
+        """A replacement takes its seat: every group gets its communicator, and records are replayed no longer."""
+        self._epoch = epoch
+        self._record = None
+        for group in self._groups.values():
+            group.replay = None
+            if c10d._world.pg_map.get(group) is not None:
+                backend, _ = c10d._world.pg_map[group]
+                prefix = f"{c10d._world.pg_names[group]}/"
+                c10d._world.pg_map[group] = (backend, dist.PrefixStore(prefix, self.bookkeeping_store()))
+        for group in self._groups.values():
+            self._connect(group)
+
+    def reset_counts(self, keys: Iterable[GroupKey] | None = None) -> None:
+        for key in list(self._groups) if keys is None else keys:
+            self._groups[key].ledger.reset()
+
+    def startup_record(self) -> StartupRecord:
+        """What this rank's replacement would need to start without the others."""
+        if self._record is not None:
+            return self._record
+        answers = {key: group.recorder.answers() for key, group in self._groups.items() if group.recorder is not None}
+        return StartupRecord.of(self._start_epoch, answers)
+
+    def stop_recording(self) -> None:
+        """At the first protected step. Take ``startup_record`` before: what was recorded is dropped."""
+        self._recording = False
+        for group in self._groups.values():
+            group.recorder = None
+
+    def bookkeeping_store(self) -> dist.Store:
+        """For c10d's own keys. A replacement must not count itself in where its predecessor has been counted."""
+        if self._record is not None:
+            return dist.HashStore()
+        return dist.PrefixStore(f"{self._start_epoch}/c10d/default_pg", self._store)
+
+    def create(self, request: GroupRequest) -> FlashGroup:
+        """Called by the installation for each group of which this rank is a member."""
+        number = self._same_ranks[request.ranks]
+        self._same_ranks[request.ranks] += 1
+        identity = GroupIdentity(
+            key=group_key(request.description, request.ranks, number),
+            ranks=request.ranks,
+            rank=request.rank,
+            backends=request.backends,
+            timeout=min(request.timeout, self._timeout),
+            options=request.options,
+            device=request.device,
+        )
+        group = FlashGroup(identity, self._parking, self._whereabouts, self._make)
+        self._groups[identity.key] = group
+        if self._record is not None:
+            group.replay = Replay(self.rank, identity.key, self._record.answers.get(str(identity.key), ()))
+            return group
+        if self._recording:
+            group.recorder = Recorder()
+        group.communicator = self._make(group)
+        if identity.device is not None:
+            group.communicator.connect()
+        return group
+
+    def _make(self, group: FlashGroup) -> Communicator:
+        return Communicator(group.identity, dist.PrefixStore(f"{self._epoch}/{group.identity.key}", self._store))
+
+    def _connect(self, group: FlashGroup) -> None:
+        group.communicator = self._make(group)
+        group.communicator.connect()
+
+
+def group_key(description: str, ranks: tuple[Rank, ...], number: int) -> GroupKey:
+    """The same on all members, and readable: ``TENSOR_MODEL_PARALLEL_GROUP[4,5]#0``."""
+    spelled = ",".join(str(rank) for rank in ranks)
+    if len(ranks) > _RANKS_SPELLED_OUT:
+        spelled = f"{len(ranks)}:{hashlib.blake2b(spelled.encode(), digest_size=8).hexdigest()}"
+    return GroupKey(f"{description}[{spelled}]#{number}")

@@ -1,0 +1,1 @@
+"""The imperative shell: controller, agent, session, and the records that they leave."""

@@ -1,0 +1,384 @@
+"""One agent per node: starts the workers of its seats, watches them, and passes orders down and reports up.
+
+It decides nothing. What a worker says becomes an event for the controller, and what the controller orders becomes a
+message to a worker, a new process, or the end of one. One thread does it all; the control stream only feeds its queue.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from megatron_flashrecovery.comm.channel import ChannelClosed
+from megatron_flashrecovery.comm.codec import UnknownMessage
+from megatron_flashrecovery.core import messages as core
+from megatron_flashrecovery.core.errors import FlashRecoveryError
+from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, WorkerId
+from megatron_flashrecovery.runtime import dialogue, node_messages
+from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
+from megatron_flashrecovery.state.vault import Holding, Vault
+
+_TICK = 0.05
+_CONFIG_EXIT = 2
+_FROM_CHECKPOINT = "FLASHRECOVERY_FROM_CHECKPOINT"
+
+
+class ControlStream(Protocol):
+    def send(self, message: object) -> None: ...
+
+
+class Agent:
+    def __init__(self, config: LaunchConfig, node: NodeId, workers: Workers, control: ControlStream, vault: Vault) -> None:
+        self._config = config
+        self._node = node
+        self._workers = workers
+        self._control = control
+        self._vault = vault
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        first = config.node_rank * config.nproc_per_node
+        self.ranks = tuple(Rank(first + i) for i in range(config.nproc_per_node))
+        self._epoch = Epoch(0)
+        self._number = OrderNumber(0)
+        self._store = ("", 0)
+        self._environment: dict[str, str] = {}
+        self._spares: list[Worker] = []
+        self._incarnations: dict[Rank, int] = dict.fromkeys(self.ranks, 0)
+        self._startup: dict[Rank, bytes] = {}
+        self._described: dict[Rank, dialogue.Described] = {}
+        self._announced: dict[WorkerId, float] = {}
+        self._fenced: dict[WorkerId, str] = {}
+        self._fired: set[int] = set()
+        self._released = False
+        self._dismissal: node_messages.Dismiss | None = None
+        self._last_heartbeat = 0.0
+
+    def hear(self, message: object) -> None:
+        """Called by the control stream, on its thread."""
+        self._inbox.put(message)
+        os.write(self._wake_write, b"x")
+
+    def run(self, on_tick: Callable[[], None]) -> node_messages.Dismiss:
+        """Until the controller dismisses this node."""
+        self._control.send(node_messages.NodeAttached(self._node, self.ranks))
+        while self._dismissal is None:
+            self._wait()
+            self._obey()
+            self._notice_deaths()
+            self._listen()
+            self._keep_spares()
+            self._beat()
+            on_tick()
+        return self._dismissal
+
+    # --- orders from the controller -----------------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        while True:
+            try:
+                order = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._obey_one(order)
+
+    def _obey_one(self, order: object) -> None:
+        match order:
+            case node_messages.NodeWelcome(epoch=epoch, store_host=host, store_port=port):
+                self._store = (host, port)
+                self._start(epoch, self.ranks, joining=False)
+            case core.StartWorkers(epoch=epoch, ranks=ranks):
+                self._end_seated(ranks)
+                self._start(max(epoch, self._epoch), ranks, joining=True)
+            case core.RestartAll():
+                self._restart(order)
+            case core.Park(epoch=epoch, number=number) | core.Resume(epoch=epoch, number=number):
+                self._epoch, self._number = epoch, number
+                self._to_all(order)
+            case core.Release(number=number):
+                self._number, self._released = number, True
+                self._to_all(order)
+            case core.Drain(number=number):
+                self._number = number
+                for rank, worker in self._workers.seated():
+                    self._say(worker, _narrow_drain(order, rank))
+            case core.ExecutePlan(number=number, shares=shares):
+                self._number = number
+                for rank, worker in self._workers.seated():
+                    self._say(worker, replace(order, shares=tuple(s for s in shares if s.rank == rank)))
+            case core.Fence(ranks=ranks, reason=reason, epoch=epoch):
+                self._fence(ranks, reason, epoch)
+            case node_messages.Dismiss():
+                self._dismissal = order
+            case _:
+                raise AssertionError(f"the controller ordered {order}")
+
+    def _fence(self, ranks: tuple[Rank, ...], reason: str, epoch: Epoch) -> None:
+        """Its end is told as a loss, for what it left in the vault counts."""
+        for rank, worker in list(self._workers.seated()):
+            if rank in ranks and worker.seat is not None and worker.seat.epoch < epoch:
+                self._fenced[worker.id] = reason
+                self._workers.kill(worker)
+
+    def _end_seated(self, ranks: tuple[Rank, ...]) -> None:
+        for rank, worker in list(self._workers.seated()):
+            if rank in ranks:
+                self._workers.kill(worker)
+
+    def _restart(self, order: core.RestartAll) -> None:
+        self._end_seated(self.ranks)
+        self._vault.close()
+        self._startup.clear()
+        self._described.clear()
+        if order.from_checkpoint:
+            self._environment[_FROM_CHECKPOINT] = "1"
+        self._start(order.epoch, self.ranks, joining=False)
+
+    def _start(self, epoch: Epoch, ranks: tuple[Rank, ...], *, joining: bool) -> None:
+        self._epoch = epoch
+        for rank in ranks:
+            worker = self._spares.pop(0) if self._spares else self._workers.start(f"rank{rank}.log")
+            self._incarnations[rank] += 1
+            worker.seat = self._seat(rank, epoch, joining=joining)
+            self._say(worker, worker.seat)
+
+    def _seat(self, rank: Rank, epoch: Epoch, *, joining: bool) -> dialogue.Seat:
+        config = self._config
+        return dialogue.Seat(
+            rank=rank,
+            worker=WorkerId(f"rank{rank}.{self._incarnations[rank]}"),
+            node=self._node,
+            epoch=epoch,
+            joining=joining,
+            startup=self._startup.get(rank, b"") if joining else b"",
+            world_size=config.world_size,
+            ranks_per_node=config.nproc_per_node,
+            store_host=self._store[0],
+            store_port=self._store[1],
+            token=config.token,
+            script=config.script,
+            module=config.module,
+            script_args=config.script_args,
+            environment={**self._environment, **_torchrun_environment(config, rank, self._incarnations[rank] - 1)},
+            injections=self._injections(rank),
+            drain_timeout=config.deadlines.drain_timeout,
+            execute_timeout=config.deadlines.execute_timeout,
+            join_timeout=config.deadlines.join_timeout,
+        )
+
+    def _injections(self, rank: Rank) -> tuple[dialogue.InjectionOrder, ...]:
+        """Those of this rank that have not fired. Of several for the same moment a worker does only the first: the
+        next one is for its replacement."""
+        return tuple(
+            dialogue.InjectionOrder(index, injection.fault.value, injection.step, injection.at.value)
+            for index, injection in enumerate(self._config.injections)
+            if injection.rank == rank and index not in self._fired
+        )
+
+    def _to_all(self, order: object) -> None:
+        for _rank, worker in self._workers.seated():
+            self._say(worker, order)
+
+    def _say(self, worker: Worker, message: object, fds: tuple[int, ...] = ()) -> None:
+        try:
+            worker.channel.send(message, fds)
+        except ChannelClosed:
+            pass  # its end is about to be noticed, and that is what counts
+
+    # --- what workers say ---------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        told: list[core.Event | object] = []
+        for worker in self._workers.living:
+            try:
+                if select.select([worker.channel], [], [], 0)[0]:
+                    worker.channel.fill()
+            except ChannelClosed:
+                continue  # dead or dying: the process table says when and how
+            try:
+                while (heard := worker.channel.next_message()) is not None:
+                    if not worker.doomed:
+                        self._hear_worker(worker, heard[0], told)
+            except UnknownMessage as error:
+                print(f"flashrecovery: {worker.id} is ended, because it said nonsense: {error}", flush=True)
+                if worker.pid is not None:
+                    os.kill(worker.pid, 9)
+        for message in _merged(told):
+            self._control.send(message)
+
+    def _hear_worker(self, worker: Worker, message: object, told: list[object]) -> None:
+        rank = worker.rank
+        assert rank is not None, message
+        match message:
+            case dialogue.MemoryNeeded(own_nbytes=own, guests=guests):
+                self._grant(worker, rank, own, guests)
+            case dialogue.Described():
+                self._described[rank] = message
+                told.append(
+                    node_messages.BillNoted(rank, message.host, message.unique_nbytes, message.warning)
+                )
+                if self._described.keys() == set(self.ranks) and worker.seat is not None and not worker.seat.joining:
+                    told.append(self._seats_described())
+            case dialogue.Ready(epoch=epoch, startup=startup):
+                if startup:
+                    self._startup[rank] = startup
+                told.append(core.RanksReady(self._node, epoch, (rank,)))
+            case dialogue.Stood(epoch=epoch, number=number, report=report):
+                told.append(core.RanksStood(self._node, epoch, number, (report,)))
+            case dialogue.Executed(epoch=epoch, seconds=seconds):
+                told.append(node_messages.ExecutionNoted(rank, epoch, seconds, time.time()))
+                told.append(core.PlanExecuted(self._node, epoch, (rank,)))
+            case dialogue.Failed(epoch=epoch, reason=reason):
+                told.append(core.PlanFailed(self._node, epoch, rank, worker.id, reason))
+            case dialogue.Finished(epoch=epoch, steps=steps, state_sha256=sha256):
+                told.append(node_messages.FinalNoted(rank, steps, sha256))
+                told.append(core.RanksFinished(self._node, epoch, (rank,)))
+            case dialogue.StepDone():
+                told.append(node_messages.StepNoted(message))
+            case dialogue.Resumed(epoch=epoch, step=step):
+                told.append(node_messages.FirstStepNoted(rank, epoch, step, time.time()))
+            case dialogue.CheckpointDone(step=step):
+                told.append(core.CheckpointWritten(step))
+            case dialogue.InjectionFired(index=index, time=announced):
+                self._fired.add(index)
+                self._announced[worker.id] = announced
+            case _:
+                raise AssertionError(f"{worker.id} said {message}")
+
+    def _grant(self, worker: Worker, rank: Rank, own_nbytes: int, guests: Mapping[Rank, int]) -> None:
+        ordered = tuple(sorted(guests))
+        sizes = tuple(guests[guest] for guest in ordered)
+        holdings = [Holding(rank), *(Holding(guest, host=rank) for guest in ordered)]
+        try:
+            fd_of = self._vault.reserve(dict(zip(holdings, (own_nbytes, *sizes), strict=True)))
+        except FlashRecoveryError as error:
+            self._say(worker, dialogue.MemoryGranted(own_nbytes, ordered, sizes, refusal=str(error)))
+            return
+        self._say(worker, dialogue.MemoryGranted(own_nbytes, ordered, sizes), tuple(fd_of[holding] for holding in holdings))
+
+    def _seats_described(self) -> core.SeatsDescribed:
+        described = self._described
+        return core.SeatsDescribed(
+            node=self._node,
+            epoch=self._epoch,
+            sharded=any(d.sharded for d in described.values()),
+            hosts={rank: d.host for rank, d in described.items() if d.host is not None},
+            peers={rank: d.peers for rank, d in described.items()},
+            groups={key: ranks for d in described.values() for key, ranks in d.groups.items()},
+        )
+
+    # --- processes ----------------------------------------------------------------------------------------------------
+
+    def _notice_deaths(self) -> None:
+        ended = self._workers.poll()
+        if not ended:
+            return
+        self._listen()  # what they still said before they died counts, and comes first
+        losses = []
+        for end in ended:
+            end.worker.channel.close()
+            if end.worker in self._spares:
+                self._spares.remove(end.worker)
+            if end.worker.seat is None:
+                continue
+            if end.worker.doomed and end.worker.id not in self._fenced:
+                continue
+            if self._refuses_to_start(end):
+                continue
+            if not (self._released and end.status == 0):
+                losses.append(self._loss(end))
+        if losses:
+            vault = {loss.rank: self._vault.committed(loss.rank) for loss in losses}
+            self._control.send(core.WorkersLost(self._node, tuple(losses), vault))
+        if self._released and not any(True for _ in self._workers.seated()):
+            self._control.send(node_messages.NodeDone(self._node))
+
+    def _loss(self, end: WorkerEnded) -> core.Loss:
+        rank, worker = end.worker.rank, end.worker
+        assert rank is not None
+        announced = self._announced.get(worker.id)
+        self._control.send(node_messages.DeathNoted(rank, worker.pid or 0, time.time(), announced))
+        cause = self._fenced.pop(worker.id, end.cause)
+        assert worker.seat is not None
+        return core.Loss(rank, worker.id, cause, worker.seat.epoch)
+
+    def _refuses_to_start(self, end: WorkerEnded) -> bool:
+        rank = end.worker.rank
+        if end.exit_code != _CONFIG_EXIT or rank in self._startup:
+            return False
+        lines = end.worker.log.read_text(errors="replace").strip().splitlines()
+        self._control.send(node_messages.StartRefused(self._node, lines[-1] if lines else "exit code 2"))
+        return True
+
+    def _keep_spares(self) -> None:
+        """Spares are started once the seats are taken, so that they do not slow the start down."""
+        if len(self._startup) < len(self.ranks) or self._released:
+            return
+        while len(self._spares) < self._config.spares_per_node:
+            self._spares.append(self._workers.start("spares.log"))
+
+    def _wait(self) -> None:
+        waits: list[object] = [self._wake_read, *(worker.channel for worker in self._workers.living)]
+        server = self._workers.server_fileno()
+        if server is not None:
+            waits.append(server)
+        select.select(waits, [], [], _TICK)
+        try:
+            os.read(self._wake_read, 4096)
+        except BlockingIOError:
+            pass
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self._last_heartbeat >= self._config.deadlines.heartbeat_interval:
+            self._last_heartbeat = now
+            self._control.send(node_messages.Heartbeat(self._node))
+
+
+def _narrow_drain(order: core.Drain, rank: Rank) -> core.Drain:
+    return replace(
+        order,
+        advance=(rank,) if rank in order.advance else (),
+        answer={rank: order.answer[rank]} if rank in order.answer else {},
+    )
+
+
+def _merged(told: list[object]) -> list[object]:
+    """What ranks of this node said at about the same time becomes one event per kind."""
+    merged: list[object] = []
+    for message in told:
+        last = merged[-1] if merged else None
+        match (last, message):
+            case (core.RanksReady(), core.RanksReady()) if last.epoch == message.epoch:
+                merged[-1] = replace(last, ranks=last.ranks + message.ranks)
+            case (core.RanksStood(), core.RanksStood()) if (last.epoch, last.number) == (message.epoch, message.number):
+                merged[-1] = replace(last, reports=last.reports + message.reports)
+            case _:
+                merged.append(message)
+    return merged
+
+
+def _torchrun_environment(config: LaunchConfig, rank: Rank, restarts: int) -> dict[str, str]:
+    """What a script finds in its environment under torchrun, too (torch.distributed.elastic, agent api)."""
+    local_rank = rank % config.nproc_per_node
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "GROUP_RANK": str(config.node_rank),
+        "ROLE_RANK": str(rank),
+        "WORLD_SIZE": str(config.world_size),
+        "LOCAL_WORLD_SIZE": str(config.nproc_per_node),
+        "GROUP_WORLD_SIZE": str(config.nnodes),
+        "ROLE_WORLD_SIZE": str(config.world_size),
+        "MASTER_ADDR": config.master_addr,
+        "MASTER_PORT": str(config.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
+        "TORCHELASTIC_RUN_ID": config.rdzv_id,
+    }
+

@@ -1,0 +1,199 @@
+"""What a run leaves behind, and what it says while it goes on: journal, steps, summary, and one line for each turn.
+
+Owned by the controller. It listens to what the core was told and decided, and adds what only the shell can measure.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from megatron_flashrecovery.core import messages as core
+from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.job import Job
+from megatron_flashrecovery.core.recovery import Recovery
+from megatron_flashrecovery.runtime import node_messages
+from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Journal
+from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.summary import (
+    STEPS_NAME,
+    GroupTally,
+    PhaseSeconds,
+    RecoveryRecord,
+    StepLine,
+    StepLog,
+    Summary,
+    write_summary,
+)
+
+_RESTORE_PARTS = ("restore", "gather", "agree", "mirror")
+
+
+@dataclass
+class _Measured:
+    """One recovery, as the shell saw it. Unix times."""
+
+    died: float | None = None
+    seen: float | None = None
+    newest: Step = Step(0)
+    rebuild: float = 0.0
+    restore: float = 0.0
+    resumed: float = 0.0
+    first_step: float | None = None
+    recovery: Recovery | None = None
+    stepped: set[Rank] = field(default_factory=set)
+
+
+class Chronicle:
+    def __init__(self, config: LaunchConfig, out: TextIO = sys.stderr) -> None:
+        self._config = config
+        self._out = out
+        self._journal = Journal(config.log_dir / FILE_NAME)
+        self._steps = StepLog(config.log_dir / STEPS_NAME)
+        self._epoch = Epoch(0)
+        self._phase = ""
+        self._current = _Measured()
+        self._measured: dict[Epoch, _Measured] = {}
+        self._final: dict[Rank, str] = {}
+        self._last_step = Step(0)
+        self._warned: set[str] = set()
+        self._closed = False
+
+    def begin(self, job: Job, now: float) -> None:
+        """Nothing has happened yet."""
+        seats = {node: tuple(sorted(ranks)) for node, ranks in job.seats.ranks_on.items()}
+        self._journal.started(JobStarted(job.config, seats), time=time.time(), now=now)
+
+    def record(self, event: core.Event, commands: Sequence[core.Command], job: Job, now: float) -> None:
+        """The job has handled ``event``, and this is what it ordered."""
+        self._journal.handled(event, commands, job, time=time.time(), now=now)
+        if isinstance(event, core.RanksStood):
+            newest = max((report.step for report in event.reports), default=Step(0))
+            self._current.newest = max(self._current.newest, newest)
+        for command in commands:
+            self._tell(command, job)
+        self._epoch = job.epoch
+        phase = type(job.phase).__name__
+        if phase != self._phase:
+            self._phase = phase
+            self._journal.write("phase", _PhaseEntered(phase), time=time.time(), now=now, epoch=job.epoch)
+
+    def note(self, message: object) -> None:
+        """What only the record needs to know."""
+        match message:
+            case node_messages.StepNoted(step=step):
+                self._last_step = max(self._last_step, step.step)
+                line = StepLine.of(step.step, step.loss, step.grad_norm, step.epoch, step.seconds)
+                if (difference := self._steps.record(line)) is not None:
+                    self._say(f"WARNING: {difference}")
+                return
+            case node_messages.DeathNoted(seen=seen, announced=announced):
+                self._current.seen = self._current.seen or seen
+                self._current.died = self._current.died or announced or seen
+            case node_messages.ExecutionNoted(seconds=seconds):
+                self._current.rebuild = max(self._current.rebuild, seconds.get("rebuild", 0.0))
+                restore = sum(seconds.get(part, 0.0) for part in _RESTORE_PARTS)
+                self._current.restore = max(self._current.restore, restore)
+            case node_messages.FirstStepNoted():
+                self._note_first_step(message)
+            case node_messages.FinalNoted(rank=rank, state_sha256=sha256):
+                self._final[rank] = sha256
+            case node_messages.BillNoted(warning=warning):
+                if warning and warning not in self._warned:
+                    self._warned.add(warning)
+                    self._say(f"warning: {warning}")
+        self._journal.write("note", message, time=time.time(), epoch=self._epoch)
+
+    def close(self, failure: str) -> None:
+        """The job is over; the summary is written, also of a job that failed."""
+        if self._closed:
+            return
+        self._closed = True
+        records = tuple(_record(epoch, measured) for epoch, measured in sorted(self._measured.items()))
+        final = {} if failure else dict(sorted(self._final.items()))
+        write_summary(self._config.log_dir, Summary(self._config.world_size, self._last_step, final, records))
+        self._journal.write("note", _Ended(failure), time=time.time(), epoch=self._epoch)
+        self._journal.close()
+        self._steps.close()
+        if not failure:
+            word = "recovery" if len(records) == 1 else "recoveries"
+            self._say(f"finished at step {self._last_step} after {len(records)} {word}")
+
+    # --- recoveries ---------------------------------------------------------------------------------------------------
+
+    def _tell(self, command: core.Command, job: Job) -> None:
+        match command:
+            case core.Park(epoch=epoch):
+                cause = job.timeline.causes[-1] if job.timeline else "a deadline was missed"
+                self._say(f"epoch {epoch}: {cause}; everybody else stops and waits")
+            case core.RestartAll(epoch=epoch, reason=reason, from_checkpoint=from_checkpoint):
+                start = "from the newest checkpoint" if from_checkpoint else "from the top"
+                self._say(f"epoch {epoch}: {reason}; all workers start again, {start}")
+                self._current = _Measured()
+            case core.Resume():
+                self._resume(job.recoveries[-1])
+            case core.Fence(ranks=ranks, reason=reason):
+                self._say(f"rank {', '.join(map(str, ranks))} is ended: {reason}")
+            case core.Stop(reason=reason):
+                self._say(f"the job stops: {reason}")
+
+    def _resume(self, recovery: Recovery) -> None:
+        measured, self._current = self._current, _Measured()
+        measured.recovery, measured.resumed = recovery, time.time()
+        self._measured[recovery.epoch] = measured
+        sources = "; ".join(f"rank {rank} from {source}" for rank, source in list(recovery.source_of.items())[:8])
+        self._say(
+            f"epoch {recovery.epoch}: goes on from step {recovery.resume_step} after {recovery.seconds['total']:.2f} s, "
+            f"{len(recovery.rebuilt)} groups rebuilt and {recovery.kept} kept; {sources or 'all from live memory'}"
+        )
+
+    def _note_first_step(self, noted: node_messages.FirstStepNoted) -> None:
+        measured = self._measured.get(noted.epoch)
+        if measured is None:
+            return
+        measured.stepped.add(noted.rank)
+        measured.first_step = max(measured.first_step or 0.0, noted.time)
+
+    def _say(self, line: str) -> None:
+        print(f"flashrecovery: {line}", file=self._out, flush=True)
+
+
+@dataclass(frozen=True)
+class _PhaseEntered:
+    phase: str
+
+
+@dataclass(frozen=True)
+class _Ended:
+    failure: str
+
+
+def _record(epoch: Epoch, measured: _Measured) -> RecoveryRecord:
+    recovery = measured.recovery
+    assert recovery is not None
+    seconds = recovery.seconds
+    died = measured.died or measured.resumed - seconds["total"]
+    opened = measured.resumed - seconds["total"]
+    end = measured.first_step or measured.resumed
+    return RecoveryRecord(
+        epoch=epoch,
+        cause=recovery.cause,
+        lost_ranks=recovery.lost_ranks,
+        resume_step=recovery.resume_step,
+        steps_recomputed=max(0, measured.newest - recovery.resume_step),
+        seconds=PhaseSeconds(
+            detect=max(0.0, opened - died),
+            park=seconds["park"],
+            replace=max(0.0, seconds["replace"] - seconds["park"]),
+            rebuild=measured.rebuild,
+            restore=max(0.0, seconds["execute"] - measured.rebuild),
+            first_step=end - measured.resumed,
+            total=end - died,
+        ),
+        groups=GroupTally(rebuilt=len(recovery.rebuilt), kept=recovery.kept),
+        source=dict(recovery.source_of),
+    )
+

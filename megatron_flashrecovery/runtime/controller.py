@@ -1,0 +1,139 @@
+"""One controller per job: hears every agent, lets the core decide, and passes its commands on.
+
+It runs in one event loop, so the job has one writer. All it adds to the core is bytes, time and the record: nothing here
+depends on what an event means. It lives in the launcher of node 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import get_args
+
+from megatron_flashrecovery import __version__
+from megatron_flashrecovery.comm.control import ControlServer
+from megatron_flashrecovery.core import messages as core
+from megatron_flashrecovery.core.coordinator import Job, handle
+from megatron_flashrecovery.core.ids import Epoch, NodeId
+from megatron_flashrecovery.core.liveness import overdue
+from megatron_flashrecovery.runtime import node_messages
+from megatron_flashrecovery.runtime.chronicle import Chronicle
+from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+
+_EVENTS = get_args(core.Event)
+_TICK = 0.05
+
+
+class Controller:
+    """``store`` is the address of the TCPStore that the workers meet in; ``job`` is the core's state, owned by this loop."""
+
+    def __init__(self, config: LaunchConfig, job: Job, store: tuple[str, int], chronicle: Chronicle) -> None:
+        self._config = config
+        self._job = job
+        self._store = store
+        self._chronicle = chronicle
+        self._outbox: dict[NodeId, asyncio.Queue[object]] = {}
+        self._last_heard: dict[NodeId, float] = {}
+        self._done: set[NodeId] = set()
+        self._over = asyncio.Event()
+        self._dismissal = node_messages.Dismiss("", 0)
+        self._server = ControlServer(node_messages.control_codec(), config.token, __version__, self._attach)
+
+    async def start(self, address: str, port: int) -> int:
+        return await self._server.start(address, port)
+
+    async def run(self) -> None:
+        """Until every node has been dismissed."""
+        self._chronicle.begin(self._job, time.monotonic())
+        while not self._over.is_set():
+            self._apply(core.ClockTicked())
+            self._check_silence()
+            try:
+                await asyncio.wait_for(self._over.wait(), _TICK)
+            except TimeoutError:
+                continue
+        await asyncio.sleep(0)
+        await self._server.stop()
+
+    def stop(self) -> None:
+        """From this loop: the launcher ends, whatever the job is at."""
+        self._end(node_messages.Dismiss("the launcher ended", 1))
+
+    async def _attach(self, messages: AsyncIterator[object]) -> AsyncIterator[object]:
+        joined = await anext(messages)
+        assert isinstance(joined, node_messages.NodeAttached), joined
+        outbox = self._outbox[joined.node] = asyncio.Queue()
+        self._last_heard[joined.node] = time.monotonic()
+        reader = asyncio.ensure_future(self._read(joined.node, messages))
+        if len(self._outbox) == self._config.nnodes:
+            for queue in self._outbox.values():
+                queue.put_nowait(node_messages.NodeWelcome(Epoch(0), *self._store))
+        try:
+            while True:
+                message = await outbox.get()
+                yield message
+                if isinstance(message, node_messages.Dismiss):
+                    return
+        finally:
+            reader.cancel()
+
+    async def _read(self, node: NodeId, messages: AsyncIterator[object]) -> None:
+        async for message in messages:
+            self._last_heard[node] = time.monotonic()
+            self._hear(message)
+        if not self._over.is_set() and node not in self._done:
+            self._lose_node(node, "its agent closed the connection")
+
+    def _hear(self, message: object) -> None:
+        if isinstance(message, _EVENTS):
+            self._apply(message)
+            return
+        match message:
+            case node_messages.Heartbeat():
+                pass
+            case node_messages.StartRefused(reason=reason):
+                self._end(node_messages.Dismiss(reason, 2))
+            case node_messages.NodeDone(node=node):
+                self._done.add(node)
+                if len(self._done) == self._config.nnodes:
+                    self._end(node_messages.Dismiss("", 0))
+            case _:
+                self._chronicle.note(message)
+
+    def _apply(self, event: core.Event) -> None:
+        now = time.monotonic()
+        commands = handle(self._job, event, now)
+        self._chronicle.record(event, commands, self._job, now)
+        for command in commands:
+            self._order(command)
+
+    def _order(self, command: core.Command) -> None:
+        match command:
+            case core.StartWorkers(node=node) | core.Drain(node=node) | core.ExecutePlan(node=node) | core.Fence(node=node):
+                self._outbox[node].put_nowait(command)
+            case core.Park() | core.Resume() | core.Release() | core.RestartAll():
+                for queue in self._outbox.values():
+                    queue.put_nowait(command)
+            case core.Stop(reason=reason):
+                self._end(node_messages.Dismiss(reason, 1))
+
+    def _end(self, dismissal: node_messages.Dismiss) -> None:
+        if self._over.is_set():
+            return
+        self._dismissal = dismissal
+        self._chronicle.close(dismissal.failure)
+        for queue in self._outbox.values():
+            queue.put_nowait(dismissal)
+        self._over.set()
+
+    def _check_silence(self) -> None:
+        for node in overdue(self._last_heard, time.monotonic(), self._config.deadlines.heartbeat_timeout):
+            self._lose_node(node, f"nothing heard from its agent for {self._config.deadlines.heartbeat_timeout} s")
+
+    def _lose_node(self, node: NodeId, cause: str) -> None:
+        self._last_heard.pop(node, None)
+        if self._outbox.pop(node, None) is not None:
+            self._apply(core.NodeLost(node, cause))
+
+

@@ -1,0 +1,178 @@
+"""What a worker and the agent of its node say to each other, besides the orders and reports of the core.
+
+The agent passes ``Park``, ``Drain``, ``ExecutePlan``, ``Resume`` and ``Release`` on as they are, narrowed to the one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from megatron_flashrecovery.comm.codec import Codec
+from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Report, Resume
+
+# --- worker to agent --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryNeeded:
+    """Two slots of ``own_nbytes`` for this rank, and two for each guest of the size it has asked for."""
+
+    own_nbytes: int
+    guests: Mapping[Rank, int]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What this rank is part of: sent once, before it is ready. ``groups`` are those that it is the first member of."""
+
+    sharded: bool
+    host: Rank
+    peers: tuple[Rank, ...]
+    groups: Mapping[GroupKey, tuple[Rank, ...]]
+    unique_nbytes: int
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is built; this rank stands before its first protected step. ``startup`` is the record of its start-up
+    collectives for whoever replaces it (empty from a replacement)."""
+
+    epoch: Epoch
+    startup: bytes
+
+
+@dataclass(frozen=True)
+class Stood:
+    epoch: Epoch
+    number: OrderNumber
+    report: Report
+
+
+@dataclass(frozen=True)
+class Executed:
+    """The share is done. ``seconds`` are the parts: rebuild, restore, gather, agree, mirror."""
+
+    epoch: Epoch
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Failed:
+    epoch: Epoch
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A completed step as the reporting rank saw it. ``seconds`` is the wall time of the protected call."""
+
+    step: Step
+    epoch: Epoch
+    loss: float | None
+    grad_norm: float | None
+    skipped: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The first step after a recovery is complete on this rank."""
+
+    epoch: Epoch
+    step: Step
+
+
+@dataclass(frozen=True)
+class CheckpointDone:
+    step: Step
+
+
+@dataclass(frozen=True)
+class Finished:
+    epoch: Epoch
+    steps: int
+    state_sha256: str
+
+
+@dataclass(frozen=True)
+class InjectionFired:
+    """Said by a worker right before it does to itself what it was told to; ``time`` is Unix time."""
+
+    index: int
+    time: float
+
+
+# --- agent to worker --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InjectionOrder:
+    index: int
+    kind: str
+    step: Step
+    at: str
+
+
+@dataclass(frozen=True)
+class Seat:
+    """The first message to every worker: which seat it takes, and what it runs there. Until then it is a spare."""
+
+    rank: Rank
+    worker: WorkerId
+    node: NodeId
+    epoch: Epoch
+    joining: bool
+    startup: bytes
+    world_size: int
+    ranks_per_node: int
+    store_host: str
+    store_port: int
+    token: str
+    script: str
+    module: bool
+    script_args: tuple[str, ...]
+    environment: Mapping[str, str]
+    injections: tuple[InjectionOrder, ...] = ()
+    drain_timeout: float = 30.0
+    execute_timeout: float = 60.0
+    join_timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class MemoryGranted:
+    """Descriptors come with this message: own memory first, then one per guest, in the order of ``guests``."""
+
+    own_nbytes: int
+    guests: tuple[Rank, ...] = ()
+    guest_nbytes: tuple[int, ...] = ()
+    refusal: str | None = None
+
+
+FromWorker: TypeAlias = (
+    MemoryNeeded
+    | Described
+    | Ready
+    | Stood
+    | Executed
+    | Failed
+    | StepDone
+    | Resumed
+    | CheckpointDone
+    | Finished
+    | InjectionFired
+)
+ToWorker: TypeAlias = Seat | MemoryGranted | Park | Drain | ExecutePlan | Resume | Release
+
+
+def dialogue_codec() -> Codec:
+    return Codec(
+        (
+            *(MemoryNeeded, Described, Ready, Stood, Executed, Failed, StepDone, Resumed),
+            *(CheckpointDone, Finished, InjectionFired),
+            *(Seat, MemoryGranted, Park, Drain, ExecutePlan, Resume, Release),
+        )
+    )

@@ -1,0 +1,194 @@
+"""A process that has done the imports of the training script and forks workers that need not do them again.
+
+It runs the script once under a name that is not ``__main__``, as multiprocessing's fork server does, so whatever stands
+outside ``if __name__ == "__main__"`` is done in advance. It must stay single-threaded, without an RPC library and without
+a device context, or a fork of it may hang or crash much later: it checks that, and refuses to serve when it does not hold.
+
+Started by the agent as ``python -m megatron_flashrecovery.runtime.fork_server FD SCRIPT``; FD is its end of a socket pair.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import gc
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_flashrecovery.comm.channel import Channel, ChannelClosed
+from megatron_flashrecovery.comm.codec import Codec
+from megatron_flashrecovery.runtime.dialogue import dialogue_codec
+from megatron_flashrecovery.runtime.seat import take_seat
+
+PRELOAD_NAME = "__flashrecovery_preload__"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Preloaded:
+    """Sent once. ``problem`` is empty if it is safe to fork this process."""
+
+    seconds: float
+    problem: str
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Comes with two descriptors: the worker's end of its channel, and the file for its standard output and error."""
+
+    ticket: int
+
+
+@dataclass(frozen=True)
+class Forked:
+    ticket: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A child is gone; ``status`` is what ``waitpid`` said."""
+
+    pid: int
+    status: int
+
+
+def fork_codec() -> Codec:
+    return Codec((Preloaded, Fork, Forked, Ended))
+
+
+def main() -> None:
+    _die_with_parent()
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])), fork_codec())
+    began = time.monotonic()
+    problem = preload(sys.argv[2]) or unsafe_to_fork()
+    gc.collect()
+    gc.freeze()  # the children share what exists now: a collection in them must not copy every page of it
+    channel.send(Preloaded(time.monotonic() - began, problem))
+    if not problem and (inherited := _serve(channel)):
+        _become_worker(*inherited)
+
+
+def preload(script: str) -> str:
+    """Import what the script imports. Returns why that cannot be done, or nothing."""
+    path = Path(script)
+    if not has_main_guard(path.read_text()):
+        return f'{path.name} has no `if __name__ == "__main__"`: it cannot be imported without running it'
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.argv = [script]
+    runpy.run_path(script, run_name=PRELOAD_NAME)
+    return ""
+
+
+def has_main_guard(source: str) -> bool:
+    """Whether a top-level ``if`` of the source tests ``__name__``."""
+    return any(
+        isinstance(node, ast.If)
+        and any(isinstance(name, ast.Name) and name.id == "__name__" for name in ast.walk(node.test))
+        for node in ast.parse(source).body
+    )
+
+
+def unsafe_to_fork() -> str:
+    """Why this process must not be forked, or nothing."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        return f"importing the script started {threads - 1} threads, and a fork would lose them"
+    if "grpc" in sys.modules:
+        return "importing the script loaded grpc, which does not survive a fork"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "importing the script made a CUDA context, which does not survive a fork"
+    return ""
+
+
+def _serve(channel: Channel) -> tuple[int, int] | None:
+    """Fork on request until the agent is gone. In a forked child, returns what it inherits: socket and output file."""
+    wake, notify = os.pipe()
+    os.set_blocking(notify, False)
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    while True:
+        ready, _, _ = select.select([channel, wake], [], [])
+        if wake in ready:
+            os.read(wake, 4096)
+            _reap(channel)
+        if channel in ready:
+            try:
+                channel.fill()
+            except ChannelClosed:
+                return None  # the agent is gone; the kernel ends the workers together with this process
+            while (request := channel.next_message()) is not None:
+                message, (worker_socket, output) = request
+                assert isinstance(message, Fork), message
+                if _fork(channel, message.ticket) == 0:
+                    channel.close()
+                    os.close(wake)
+                    os.close(notify)
+                    return worker_socket, output
+                os.close(worker_socket)
+                os.close(output)
+
+
+def _fork(channel: Channel, ticket: int) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        channel.send(Forked(ticket, pid))
+    return pid
+
+
+def _become_worker(worker_socket: int, output: int) -> None:
+    _die_with_parent()
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    _reseed()
+    run_worker(worker_socket)
+
+
+def run_worker(worker_socket: int) -> None:
+    """Be a worker from here on: everything below is the training script, and this process ends as the script ends."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    take_seat(Channel(socket.socket(fileno=worker_socket), dialogue_codec()))
+    sys.exit(0)
+
+
+def _reap(channel: Channel) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        channel.send(Ended(pid, status))
+
+
+def _reseed() -> None:
+    """A forked worker must not share the arbitrary seed that a fresh process would have drawn for itself."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    # Under ``-m`` this module is ``__main__``; the one that others import must be the one that runs.
+    from megatron_flashrecovery.runtime import fork_server
+
+    fork_server.main()

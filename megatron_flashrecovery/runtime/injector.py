@@ -1,0 +1,37 @@
+"""Faults that a rank inflicts on itself at a marked moment, because ``--inject`` said so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+from megatron_flashrecovery.comm.channel import Channel
+from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
+from megatron_flashrecovery.runtime.framework import Moment
+
+
+class Injector:
+    """The agent is told first, so that a replacement does not do it again and the journal knows the time of death."""
+
+    def __init__(self, orders: Sequence[InjectionOrder], channel: Channel) -> None:
+        self._orders = list(orders)
+        self._channel = channel
+
+    def pending(self, moment: Moment, step: Step) -> InjectionOrder | None:
+        for order in self._orders:
+            if (order.at, order.step) == (moment.value, step):
+                return order
+        return None
+
+    def mark(self, moment: Moment, step: Step) -> None:
+        """``step`` is being computed, or for MIRROR and BETWEEN has just been completed."""
+        if self._orders and (order := self.pending(moment, step)) is not None:
+            self.fire(order)
+
+    def fire(self, order: InjectionOrder) -> None:
+        self._orders.remove(order)
+        self._channel.send(InjectionFired(order.index, time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)

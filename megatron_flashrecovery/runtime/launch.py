@@ -1,0 +1,159 @@
+"""``flashrecovery run``: one process per node that is the agent of it, and on node 0 the controller too."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+from megatron_flashrecovery import __version__
+from megatron_flashrecovery.comm.control import ControlClient
+from megatron_flashrecovery.core.coordinator import Job, JobConfig
+from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import NodeId, Rank
+from megatron_flashrecovery.runtime import node_messages
+from megatron_flashrecovery.runtime.agent import Agent
+from megatron_flashrecovery.runtime.chronicle import Chronicle
+from megatron_flashrecovery.runtime.controller import Controller
+from megatron_flashrecovery.runtime.echo import Echo
+from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.workers import Workers
+from megatron_flashrecovery.state.vault import Vault
+
+_GRACE = 5.0
+
+
+class Interruption(Exception):
+    """The launcher was told to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def run(config: LaunchConfig) -> int:
+    """Until the job is over. Returns the exit code: 0 if every rank finished. Raises ``ConfigError``."""
+    if not config.module and not Path(config.script).is_file():
+        raise ConfigError(f"the script {config.script} does not exist")
+    config = dataclasses.replace(config, token=config.token or secrets.token_hex(16))
+    workers = Workers(config.script, config.log_dir / "logs", _worker_environment(config), preload=config.preload and not config.module)
+    try:
+        with _signals_raise(), _controller(config) as address:
+            return _serve(config, workers, address)
+    except Interruption as interruption:
+        print(f"flashrecovery: {interruption}: ending {len(workers.living)} workers", file=sys.stderr, flush=True)
+        return 128 + interruption.number
+    finally:
+        workers.close(_GRACE)
+
+
+def _serve(config: LaunchConfig, workers: Workers, address: str) -> int:
+    node = NodeId(f"node{config.node_rank}")
+    print(f"flashrecovery: {config.nproc_per_node} workers here, records in {config.log_dir}", file=sys.stderr, flush=True)
+    seconds = workers.wait_for_server(config.deadlines.join_timeout)
+    if workers.cold_because:
+        print(f"flashrecovery: workers start cold: {workers.cold_because}", file=sys.stderr, flush=True)
+    else:
+        print(f"flashrecovery: the script's imports took {seconds:.1f} s, once", file=sys.stderr, flush=True)
+    control = ControlClient(address, node_messages.control_codec(), config.token, __version__)
+    vault = Vault()
+    agent = Agent(config, node, workers, control, vault)
+    failures: list[Exception] = []
+
+    def on_end(reason: Exception | None) -> None:
+        if reason is not None:
+            failures.append(reason)
+            agent.hear(node_messages.Dismiss(str(reason), 2 if isinstance(reason, ConfigError) else 1))
+
+    control.start(agent.hear, on_end)
+    echo = Echo(config.log_dir / "logs" / f"rank{config.world_size - 1}.log", sys.stdout)
+    try:
+        dismissal = agent.run(echo.follow)
+        echo.follow()
+    finally:
+        control.close()
+        vault.close()
+    if dismissal.failure:
+        print(f"flashrecovery: {dismissal.failure}", file=sys.stderr, flush=True)
+    return dismissal.exit_code
+
+
+@contextmanager
+def _controller(config: LaunchConfig) -> Iterator[str]:
+    """The address of the controller; on node 0 it runs in a thread of this process for as long as this lasts."""
+    if config.node_rank != 0:
+        yield f"{config.master_addr}:{config.master_port}"
+        return
+    store_port, keep_store = _open_store(config)
+    chronicle = Chronicle(config)
+    seats = {
+        NodeId(f"node{node}"): tuple(Rank(node * config.nproc_per_node + i) for i in range(config.nproc_per_node))
+        for node in range(config.nnodes)
+    }
+    deadlines = config.deadlines
+    job_config = JobConfig(
+        drain_timeout=deadlines.drain_timeout,
+        join_timeout=deadlines.join_timeout,
+        execute_timeout=deadlines.execute_timeout,
+        max_restarts=config.max_restarts,
+    )
+    job = Job.start(job_config, seats, sharded=True)
+    controller = Controller(config, job, (config.master_addr, store_port), chronicle)
+    loop = asyncio.new_event_loop()
+    try:
+        port = loop.run_until_complete(controller.start(config.master_addr, config.master_port))
+        thread = threading.Thread(target=loop.run_until_complete, args=(controller.run(),), name="flashrecovery-controller")
+        thread.start()
+        try:
+            yield f"{config.master_addr}:{port}"
+        finally:
+            loop.call_soon_threadsafe(controller.stop)
+            thread.join(timeout=_GRACE)
+    finally:
+        chronicle.close("the launcher ended")
+        loop.close()
+        del keep_store
+
+
+def _open_store(config: LaunchConfig) -> tuple[int, object]:
+    """The store that workers meet in. It lives here because no worker outlives the job."""
+    import torch.distributed as dist  # a second of imports that only node 0 needs
+
+    store = dist.TCPStore(
+        config.master_addr, 0, None, True, timedelta(seconds=config.deadlines.join_timeout), wait_for_workers=False
+    )
+    return store.port, store
+
+
+def _worker_environment(config: LaunchConfig) -> Mapping[str, str]:
+    environment = dict(os.environ)
+    if config.nproc_per_node > 1:
+        # As torchrun does: by default every worker would take every core.
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGINT end the job in order, wherever the launcher is."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise Interruption(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+

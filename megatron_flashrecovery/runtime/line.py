@@ -1,0 +1,199 @@
+"""The line between a trainer and its agent: a thread that hears orders while the main thread computes, and says where the
+main thread stands once it has been told to stop, also when it is stuck inside an operation."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Protocol, assert_never
+
+from megatron_flashrecovery.comm.channel import Channel, ChannelClosed
+from megatron_flashrecovery.comm.registry import GroupRegistry
+from megatron_flashrecovery.core import messages as core
+from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.member import CarryOut, GetOutOfTheWay, GoOn, Leave, Member, Mode, SayReady, StandStill
+from megatron_flashrecovery.core.messages import Report, Standing
+from megatron_flashrecovery.runtime import dialogue
+from megatron_flashrecovery.runtime.framework import StepRecord
+from megatron_flashrecovery.runtime.parking_lot import ParkingLot, Stand
+from megatron_flashrecovery.runtime.progress import Progress
+
+_BLOCKED_AFTER = 0.02
+_POLL = 0.01
+_AGENT_GONE_EXIT = 17
+
+
+class Copies(Protocol):
+    """The committed snapshots of this process."""
+
+    def own_steps(self) -> tuple[Step, ...]: ...
+    def guest_steps(self) -> Mapping[Rank, tuple[Step, ...]]: ...
+
+
+class Line:
+    """``report`` and the ``say_`` methods may be called by any thread."""
+
+    def __init__(
+        self, seat: dialogue.Seat, channel: Channel, lot: ParkingLot, registry: GroupRegistry, progress: Progress
+    ) -> None:
+        self._seat = seat
+        self._channel = channel
+        self._lot = lot
+        self._registry = registry
+        self._progress = progress
+        self._member = Member(seat.rank, seat.epoch, is_first=not seat.joining)
+        self._saying = threading.Lock()
+        self._last_said: Report | None = None
+        self._first_step_due = seat.joining
+        self._granted: queue.SimpleQueue[tuple[dialogue.MemoryGranted, list[int]]] = queue.SimpleQueue()
+        self.copies: Copies | None = None
+        self._thread = threading.Thread(target=self._listen, name="flashrecovery-line", daemon=True)
+
+    @property
+    def epoch(self) -> Epoch:
+        return self._member.epoch
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # --- what is said -------------------------------------------------------------------------------------------------
+
+    def ask_for_memory(
+        self, needed: dialogue.MemoryNeeded, timeout: float
+    ) -> tuple[dialogue.MemoryGranted, list[int]]:
+        """Raises ``queue.Empty`` if the agent does not answer in time."""
+        self._channel.send(needed)
+        return self._granted.get(timeout=timeout)
+
+    def say_ready(self, startup: bytes) -> None:
+        """Stands before its first protected step. A replacement says so again whenever a newer epoch begins, until its
+        plan arrives."""
+        with self._saying:
+            self._member.ready()
+            self._channel.send(dialogue.Ready(self.epoch, startup))
+
+    def say_executed(self, epoch: Epoch, seconds: dict[str, float]) -> bool:
+        """Whether it still matters: another loss may have made the plan void."""
+        with self._saying:
+            if self._member.epoch != epoch:
+                return False
+            self._first_step_due = True
+            self._member.executed()
+            self._channel.send(dialogue.Executed(epoch, seconds))
+            return True
+
+    def say_failed(self, epoch: Epoch, reason: str) -> None:
+        self._channel.send(dialogue.Failed(epoch, reason))
+
+    def say_step(self, step: Step, record: StepRecord, seconds: float) -> None:
+        """Only the last rank does: everybody would say the same."""
+        if self._seat.rank == self._seat.world_size - 1:
+            done = dialogue.StepDone(step, self.epoch, record.loss, record.grad_norm, record.skipped, seconds)
+            self._channel.send(done)
+
+    def say_first_step(self, step: Step) -> None:
+        """The first step that is completed after a recovery; any other is not worth a message."""
+        if self._first_step_due:
+            self._first_step_due = False
+            self._channel.send(dialogue.Resumed(self.epoch, step))
+
+    def say_finished(self, steps: int, state_sha256: str) -> None:
+        with self._saying:
+            if self._member.mode is Mode.TRAINING:
+                self._member.finished()
+                self._channel.send(dialogue.Finished(self.epoch, steps, state_sha256))
+
+    def report(self) -> None:
+        """Where the main thread stands and what this rank holds; nothing, if it still moves."""
+        stand = self._lot.stand or self._blocked()
+        if stand is None:
+            return
+        with self._saying:
+            report = self._report(stand)
+            self._last_said = report
+            self._channel.send(dialogue.Stood(self.epoch, self._member.number, report))
+
+    # --- what is heard ------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                try:
+                    message, fds = self._channel.receive(_POLL if self._lot.stopping else None)
+                except TimeoutError:
+                    self._look_again()
+                    continue
+                if isinstance(message, dialogue.MemoryGranted):
+                    self._granted.put((message, fds))
+                else:
+                    self._obey(message)
+        except ChannelClosed:
+            print("flashrecovery: the agent of this node is gone, so this worker ends", file=sys.stderr, flush=True)
+            os._exit(_AGENT_GONE_EXIT)
+
+    def _obey(self, message: object) -> None:
+        assert isinstance(message, core.Park | core.Drain | core.ExecutePlan | core.Resume | core.Release), message
+        with self._saying:
+            action = self._member.receive(message)
+            if isinstance(action, StandStill):
+                # Before anything is said in the new epoch: from here on the main thread cannot start an operation.
+                self._lot.stop()
+        match action:
+            case StandStill(lost=lost):
+                reason = f"epoch {message.epoch}: rank {', '.join(map(str, lost))} was lost"
+                self._registry.sever(self._registry.groups_with(lost), reason)
+                self.report()
+            case SayReady():
+                with self._saying:
+                    self._channel.send(dialogue.Ready(self.epoch, b""))
+            case GetOutOfTheWay(advance=advance, sever=sever, answer=answer):
+                for key, reason in sever.items():
+                    self._registry.sever([key], reason)
+                self._lot.get_out_of_the_way(advance, answer)
+                self.report()
+            case CarryOut():
+                assert isinstance(message, core.ExecutePlan)
+                self._lot.execute(message)
+            case GoOn():
+                self._lot.resume()
+            case Leave():
+                self._lot.release()
+            case None:
+                pass
+            case _:
+                assert_never(action)
+
+    def _look_again(self) -> None:
+        """While stopped: say it if the main thread turned out to be stuck, or if operations completed behind its back."""
+        stand = self._lot.stand or self._blocked()
+        if stand is not None and self._report(stand) != self._last_said:
+            self.report()
+
+    def _blocked(self) -> Stand | None:
+        inside = self._registry.standing()
+        if inside is None or not self._lot.stopping:
+            return None
+        spot, since = inside
+        if time.monotonic() - max(since, self._lot.stopped_since) < _BLOCKED_AFTER:
+            return None
+        return Stand(Standing.BLOCKED, spot)
+
+    def _report(self, stand: Stand) -> Report:
+        progress, copies = self._progress, self.copies
+        return Report(
+            rank=self._seat.rank,
+            standing=stand.standing,
+            step=progress.completed,
+            update=progress.update,
+            spot=stand.spot,
+            counts=self._registry.counts(),
+            own=copies.own_steps() if copies else (),
+            guests=copies.guest_steps() if copies else {},
+            told=self._lot.told,
+            told_last=self._lot.told_last,
+        )
+

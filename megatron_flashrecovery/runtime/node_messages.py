@@ -1,0 +1,139 @@
+"""What an agent and the controller say to each other besides the events and commands of the core.
+
+These carry what a person or the record wants to know; no decision depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias, get_args
+
+from megatron_flashrecovery.comm.codec import Codec
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
+from megatron_flashrecovery.core.messages import Command, Event
+from megatron_flashrecovery.runtime.dialogue import StepDone
+
+
+@dataclass(frozen=True)
+class NodeAttached:
+    node: NodeId
+    ranks: tuple[Rank, ...]
+
+
+@dataclass(frozen=True)
+class NodeWelcome:
+    """Everybody is there: start every worker. The store outlives them all."""
+
+    epoch: Epoch
+    store_host: str
+    store_port: int
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    node: NodeId
+
+
+@dataclass(frozen=True)
+class StepNoted:
+    step: StepDone
+
+
+@dataclass(frozen=True)
+class BillNoted:
+    """What mirroring costs this rank: bytes of unique state a step, its host, and a warning if the host is a poor one."""
+
+    rank: Rank
+    host: Rank | None
+    unique_nbytes: int
+    warning: str | None
+
+
+@dataclass(frozen=True)
+class DeathNoted:
+    """When the agent saw a worker end, and when the worker said that it would (injected faults only). Unix time."""
+
+    rank: Rank
+    pid: int
+    seen: float
+    announced: float | None
+
+
+@dataclass(frozen=True)
+class ExecutionNoted:
+    """How long a rank's share took, in its parts, and when it was done (Unix time)."""
+
+    rank: Rank
+    epoch: Epoch
+    seconds: Mapping[str, float]
+    time: float
+
+
+@dataclass(frozen=True)
+class FirstStepNoted:
+    """A rank has completed its first step after a recovery. Unix time."""
+
+    rank: Rank
+    epoch: Epoch
+    step: Step
+    time: float
+
+
+@dataclass(frozen=True)
+class FinalNoted:
+    rank: Rank
+    steps: int
+    state_sha256: str
+
+
+@dataclass(frozen=True)
+class WorkersStarted:
+    """Processes of this node, for people: rank to pid."""
+
+    node: NodeId
+    epoch: Epoch
+    pids: Mapping[Rank, int]
+
+
+@dataclass(frozen=True)
+class StartRefused:
+    """The script says that it cannot be run like this (exit code 2 before its first step): restarting will not help."""
+
+    node: NodeId
+    reason: str
+
+
+@dataclass(frozen=True)
+class NodeDone:
+    """Every worker of this node has exited as it was told to."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """The job is over. ``failure`` is empty if it ended well."""
+
+    failure: str
+    exit_code: int
+
+
+FromAgent: TypeAlias = (
+    NodeAttached
+    | Heartbeat
+    | StepNoted
+    | BillNoted
+    | DeathNoted
+    | ExecutionNoted
+    | FirstStepNoted
+    | FinalNoted
+    | WorkersStarted
+    | StartRefused
+    | NodeDone
+)
+ToAgent: TypeAlias = NodeWelcome | Dismiss
+
+
+def control_codec() -> Codec:
+    return Codec((*get_args(Event), *get_args(Command), *get_args(FromAgent), *get_args(ToAgent)))

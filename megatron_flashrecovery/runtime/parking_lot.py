@@ -1,0 +1,249 @@
+"""Where the threads of a trainer stop when the job stops, and how each of them is let go again.
+
+Orders arrive on the session's own thread; the main thread (or an autograd thread that it drives) stands here until one of
+them says how its stop ends. While nothing is wrong, an operation pays for one read of a flag.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed, Verdict
+from megatron_flashrecovery.core.errors import FlashRecoveryError
+from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.core.messages import ExecutePlan, Spot, Standing, Told
+
+_PROCEED = Proceed()
+_NOTICE = 10.0
+
+
+class AnswerMismatch(FlashRecoveryError):
+    """A told result is for another operation than the one that waits for it: the two ranks did different things."""
+
+
+class NoRecovery(FlashRecoveryError):
+    """Something failed, and nobody ordered a recovery within the deadline."""
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where a thread has stopped."""
+
+    standing: Standing
+    spot: Spot | None
+
+
+class ParkingLot:
+    """Implements ``comm.parking.Parking`` for one rank.
+
+    ``on_stand`` is called without the lock held, on the thread that has just stopped or started to stand elsewhere; it
+    reports to the agent.
+    """
+
+    def __init__(self, order_timeout: float, on_stand: Callable[[], None]) -> None:
+        self._order_timeout = order_timeout
+        self._on_stand = on_stand
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._executing = False
+        self._released = False
+        self._go = False
+        self._answers: deque[Told] = deque()
+        self._answering = False
+        self._plan: ExecutePlan | None = None
+        self._stand: Stand | None = None
+        self._stopped_since = 0.0
+        self._told: list[Told] = []
+        self._told_last: list[Told] = []
+        self._keep_told = False
+
+    # --- the session's thread -----------------------------------------------------------------------------------------
+
+    @property
+    def stand(self) -> Stand | None:
+        return self._stand
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    @property
+    def stopped_since(self) -> float:
+        return self._stopped_since
+
+    def stop(self) -> None:
+        """From now on every thread stands before its next operation. A plan that was not begun is void."""
+        with self._changed:
+            self._stopping, self._executing = True, False
+            self._stopped_since = time.monotonic()
+            self._go, self._answering, self._plan = False, False, None
+            self._answers.clear()
+            self._changed.notify_all()
+
+    def get_out_of_the_way(self, advance: bool, answer: Sequence[Told] | None) -> None:
+        """Let go of who stands here: for one operation, or to finish the update with these results."""
+        with self._changed:
+            # Where it stands is over with the order, not only once its thread has woken up.
+            self._stopped_since = time.monotonic()
+            if answer is not None:
+                self._answers.extend(answer)
+                self._answering = True
+            if advance or answer is not None:
+                self._go, self._stand = True, None
+            self._changed.notify_all()
+
+    def execute(self, plan: ExecutePlan) -> None:
+        with self._changed:
+            self._plan = plan
+            self._changed.notify_all()
+
+    def resume(self) -> None:
+        with self._changed:
+            self._stopping = self._executing = False
+            self._changed.notify_all()
+
+    def release(self) -> None:
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
+
+    def notify(self) -> None:
+        """Something that a waiting thread looks at has changed (a mirror was acknowledged)."""
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def told(self) -> tuple[Told, ...]:
+        """Results of small reductions since the gate of the step that this rank is in."""
+        return tuple(self._told)
+
+    @property
+    def told_last(self) -> tuple[Told, ...]:
+        """Those of the last completed step."""
+        return tuple(self._told_last)
+
+    # --- the main thread ----------------------------------------------------------------------------------------------
+
+    @property
+    def answering(self) -> bool:
+        """This rank finishes its update while the job is stopped, with results that others have."""
+        return self._answering
+
+    def before(self, spot: Spot) -> Verdict:
+        if not self._stopping or self._executing:
+            return _PROCEED
+        if self._answers:
+            return self._next_answer(spot)
+        return self._stay(Stand(Standing.PARKED, spot))
+
+    def failed(self, spot: Spot, error: Exception) -> Verdict:
+        with self._changed:
+            ordered = self._changed.wait_for(lambda: self._stopping and not self._executing, self._order_timeout)
+        if not ordered:
+            raise error
+        if self._answers:
+            return self._next_answer(spot)
+        return self._stay(Stand(Standing.CAUGHT, spot))
+
+    def completed(self, spot: Spot, results: Sequence[bytes] | None) -> None:
+        if self._keep_told and results is not None:
+            self._told.append(Told(spot.operation, msgspec.msgpack.encode(list(results))))
+
+    def begin_telling(self) -> None:
+        """This rank is at its gate."""
+        self._told = []
+        self._keep_told = True
+
+    def end_telling(self, completed: bool) -> None:
+        """The step is complete, or was given up."""
+        self._told_last = self._told if completed else self._told_last
+        self._told = []
+        self._keep_told = False
+
+    def blocked_by(self, rank: Rank) -> None:
+        """The agent of that rank's node sees its death first."""
+
+    def check(self) -> None:
+        """A place between operations: stand here if the job stops. Raises ``Interrupted``."""
+        if self._stopping and not self._executing:
+            self._stay(Stand(Standing.PARKED, None))
+
+    def wait_until(self, claim: Callable[[], bool], what: str, timeout: float | None = None) -> None:
+        """Wait for ``claim`` at a place between operations. Raises ``Interrupted`` if the job stops meanwhile, and
+        ``NoRecovery`` after ``timeout`` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._changed:
+                notice = time.monotonic() + _NOTICE
+                while not claim() and not (self._stopping and not self._executing):
+                    self._changed.wait(0.5)
+                    now = time.monotonic()
+                    if deadline is not None and now > deadline:
+                        raise NoRecovery(f"waited {timeout} s for {what}")
+                    if now > notice:
+                        notice = now + _NOTICE
+                        print(f"flashrecovery: still waiting for {what}", flush=True)
+                if claim() and not (self._stopping and not self._executing):
+                    return
+            self.check()
+
+    def wait_for_plan(self) -> None:
+        """For a replacement: until there is the plan that it joins by."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._plan is not None)
+
+    def take_plan(self) -> ExecutePlan:
+        """The plan that ``Interrupted`` unwound for; from now on operations go ahead, for they carry it out. If another
+        loss has overtaken it since, the one that follows."""
+        while True:
+            with self._changed:
+                if self._plan is not None:
+                    plan, self._plan = self._plan, None
+                    self._executing = self._stopping = True
+                    return plan
+            try:
+                self._stay(Stand(Standing.PARKED, None))
+            except Interrupted:
+                continue
+
+    def stops_within(self, seconds: float) -> bool:
+        """Whether another loss overtakes the plan that is being executed."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._stopping and not self._executing, seconds)
+
+    def wait_until_over(self) -> None:
+        """After the plan is executed: until everybody has. Raises ``Interrupted`` if another loss comes first."""
+        self.wait_until(lambda: not self._executing, "the other ranks to execute the plan")
+
+    def wait_until_released(self) -> None:
+        self.wait_until(lambda: self._released, "the other ranks to finish")
+
+    # --- both ---------------------------------------------------------------------------------------------------------
+
+    def _next_answer(self, spot: Spot) -> Verdict:
+        with self._changed:
+            told = self._answers.popleft()
+        if told.operation != spot.operation:
+            raise AnswerMismatch(f"{spot.operation} on {spot.group} was told the result of {told.operation}")
+        self._told.append(told)
+        return Answer(msgspec.msgpack.decode(told.payload, type=list[bytes]))
+
+    def _stay(self, stand: Stand) -> Verdict:
+        with self._changed:
+            self._stand = stand
+        self._on_stand()
+        with self._changed:
+            self._changed.wait_for(lambda: self._go or self._plan is not None)
+            self._stand = None
+            if self._plan is not None:
+                raise Interrupted(self._plan.resume_step)
+            self._go = False
+        if self._answers and stand.spot is not None:
+            return self._next_answer(stand.spot)
+        return _PROCEED

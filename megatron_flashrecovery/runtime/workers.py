@@ -1,0 +1,230 @@
+"""The processes of one node: started from a fork server where that is safe, else from nothing, and watched until they end.
+
+A worker is born without a seat. It gets one as its first message, at once or, for a spare, when it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from megatron_flashrecovery.comm.channel import Channel, ChannelClosed, channel_pair
+from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import Rank, WorkerId
+from megatron_flashrecovery.runtime.dialogue import Seat, dialogue_codec
+from megatron_flashrecovery.runtime.fork_server import Ended, Fork, Forked, Preloaded, fork_codec
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process of this node. ``pid`` is unknown until the fork server has said it."""
+
+    number: int
+    channel: Channel
+    log: Path
+    pid: int | None = None
+    seat: Seat | None = None
+    process: subprocess.Popen[bytes] | None = None
+    pending: list[object] = field(default_factory=list)
+    doomed: bool = False
+    """It was told to end: its end is no loss."""
+
+    @property
+    def rank(self) -> Rank | None:
+        return None if self.seat is None else self.seat.rank
+
+    @property
+    def id(self) -> WorkerId:
+        assert self.seat is not None
+        return self.seat.worker
+
+
+@dataclass(frozen=True)
+class WorkerEnded:
+    worker: Worker
+    status: int
+    """As from ``waitpid``."""
+
+    @property
+    def cause(self) -> str:
+        if os.WIFSIGNALED(self.status):
+            number = os.WTERMSIG(self.status)
+            return f"killed by {signal.Signals(number).name}"
+        return f"exit code {os.WEXITSTATUS(self.status)}"
+
+    @property
+    def exit_code(self) -> int:
+        code = os.waitstatus_to_exitcode(self.status)
+        return code if code >= 0 else 128 - code
+
+
+class Workers:
+    """Starts and ends processes; ``poll`` says which have ended. One thread at a time."""
+
+    def __init__(self, script: str, log_dir: Path, environment: Mapping[str, str], preload: bool) -> None:
+        self._script = script
+        self._log_dir = log_dir
+        self._environment = dict(environment)
+        self._count = 0
+        self._living: dict[int, Worker] = {}
+        self._server: subprocess.Popen[bytes] | None = None
+        self._server_channel: Channel | None = None
+        self.cold_because = "preloading is off" if not preload else ""
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if preload:
+            self._start_server()
+
+    @property
+    def living(self) -> list[Worker]:
+        return list(self._living.values())
+
+    def seated(self) -> Iterator[tuple[Rank, Worker]]:
+        for worker in self._living.values():
+            if worker.rank is not None and not worker.doomed:
+                yield worker.rank, worker
+
+    def server_fileno(self) -> int | None:
+        return None if self._server_channel is None else self._server_channel.fileno()
+
+    def wait_for_server(self, timeout: float) -> float:
+        """Seconds that preloading took. After this, ``cold_because`` says why workers start cold, if they do.
+
+        Raises ``ConfigError`` if the script cannot even be imported.
+        """
+        if self._server_channel is None:
+            return 0.0
+        try:
+            message, _ = self._server_channel.receive(timeout)
+        except (ChannelClosed, TimeoutError) as error:
+            self._stop_server()
+            log = self._log_dir / "fork_server.log"
+            tail = log.read_text(errors="replace").strip().splitlines()[-1:] or [str(error)]
+            raise ConfigError(f"the script {self._script} cannot be imported: {tail[0]} (all of it: {log})") from None
+        assert isinstance(message, Preloaded), message
+        if message.problem:
+            self.cold_because = message.problem
+            self._stop_server()
+        return message.seconds
+
+    def start(self, log_name: str) -> Worker:
+        """A new process without a seat. Its output goes to ``log_name`` in the log folder, appended."""
+        self._count += 1
+        channel, theirs = channel_pair(dialogue_codec())
+        log = self._log_dir / log_name
+        worker = Worker(self._count, channel, log)
+        self._living[worker.number] = worker
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            if self._server_channel is not None:
+                self._server_channel.send(Fork(worker.number), (theirs.fileno(), output))
+            else:
+                self._start_cold(worker, theirs, output)
+        finally:
+            os.close(output)
+            theirs.close()
+        return worker
+
+    def kill(self, worker: Worker, number: int = signal.SIGKILL) -> None:
+        """End it, and expect its end. A worker whose pid is not known yet is ended as soon as it is."""
+        worker.doomed = True
+        if worker.pid is not None and worker.number in self._living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
+
+    def poll(self) -> list[WorkerEnded]:
+        """What has ended since the last call. Never waits."""
+        ended = [] if self._server_channel is None else self._hear_server(self._server_channel)
+        for worker in self.living:
+            if worker.process is None:
+                continue
+            pid, status = os.waitpid(worker.process.pid, os.WNOHANG)
+            if pid:
+                worker.process.returncode = os.waitstatus_to_exitcode(status)
+                ended.append(self._end(worker, status))
+        return ended
+
+    def close(self, grace: float) -> None:
+        """End every process: politely, and after ``grace`` seconds for good."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for worker in self.living:
+                self.kill(worker, number)
+            deadline = time.monotonic() + grace
+            while self._living and time.monotonic() < deadline:
+                self.poll()
+                time.sleep(0.01)
+        self._stop_server()
+        for worker in self.living:  # the fork server took them along
+            worker.channel.close()
+
+    def _start_server(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "megatron_flashrecovery.runtime.fork_server", str(theirs.fileno()), self._script]
+        with self._log("fork_server.log") as log:
+            self._server = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        theirs.close()
+        self._server_channel = Channel(ours, fork_codec())
+
+    def _stop_server(self) -> None:
+        if self._server is None or self._server_channel is None:
+            return
+        self._server_channel.close()
+        self._server_channel = None
+        try:
+            self._server.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
+
+    def _start_cold(self, worker: Worker, theirs: socket.socket, output: int) -> None:
+        command = [sys.executable, "-m", "megatron_flashrecovery.runtime.cold_worker", str(theirs.fileno())]
+        worker.process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+        worker.pid = worker.process.pid
+
+    def _hear_server(self, channel: Channel) -> list[WorkerEnded]:
+        ended = []
+        while True:
+            try:
+                message, _ = channel.receive(timeout=0.0)
+            except TimeoutError:
+                return ended
+            except ChannelClosed:
+                self._server_channel = None
+                self.cold_because = "the fork server is gone"
+                # Its children go with it, by the kernel's hand; nobody is left to reap them and say how.
+                return ended + [self._end(worker, signal.SIGKILL) for worker in self.living if not worker.process]
+            match message:
+                case Forked(ticket=ticket, pid=pid):
+                    worker = self._living[ticket]
+                    worker.pid = pid
+                    if worker.doomed:
+                        self.kill(worker)
+                case Ended(pid=pid, status=status):
+                    worker = next(w for w in self._living.values() if w.pid == pid)
+                    ended.append(self._end(worker, status))
+                case _:
+                    raise AssertionError(f"the fork server said {message}")
+
+    def _end(self, worker: Worker, status: int) -> WorkerEnded:
+        del self._living[worker.number]
+        return WorkerEnded(worker, status)
+
+    def _log(self, name: str) -> IO[bytes]:
+        return (self._log_dir / name).open("ab")

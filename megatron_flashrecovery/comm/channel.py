@@ -1,7 +1,7 @@
 """The control plane inside a node: messages between an agent and one of its workers, over a Unix socket pair.
 
-The pair is made by the agent and inherited by the worker, so nobody else can speak on it; file descriptors travel with a
-message; and its closing is a death notice that needs no timeout. Frames are a four-byte length and a message.
+The pair is made by the agent and inherited by the worker, so nobody else can speak on it; file descriptors travel with
+a message; and its closing is a death notice that needs no timeout. Frames are a four-byte length and a message.
 """
 
 from __future__ import annotations

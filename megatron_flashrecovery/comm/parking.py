@@ -1,8 +1,9 @@
 """What a group handle asks of the session: may I start this operation, and what now that it failed?
 
 The handle calls these on whatever thread issues the operation (the main thread, or an autograd thread that it drives).
-They may block for as long as a recovery takes, and they end in one of three ways: the operation goes ahead (possibly on
-a new communicator), it is answered with results that somebody else has, or ``Interrupted`` unwinds to the protected call.
+They may block for as long as a recovery takes, and they end in one of three ways: the operation goes ahead (possibly
+on a new communicator), it is answered with results that somebody else has, or ``Interrupted`` unwinds to the protected
+call.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import queue
 import select
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -34,7 +35,9 @@ class ControlStream(Protocol):
 
 
 class Agent:
-    def __init__(self, config: LaunchConfig, node: NodeId, workers: Workers, control: ControlStream, vault: Vault) -> None:
+    def __init__(
+        self, config: LaunchConfig, node: NodeId, workers: Workers, control: ControlStream, vault: Vault
+    ) -> None:
         self._config = config
         self._node = node
         self._workers = workers
@@ -185,10 +188,8 @@ class Agent:
             self._say(worker, order)
 
     def _say(self, worker: Worker, message: object, fds: tuple[int, ...] = ()) -> None:
-        try:
+        with suppress(ChannelClosed):  # its end is about to be noticed, and that is what counts
             worker.channel.send(message, fds)
-        except ChannelClosed:
-            pass  # its end is about to be noticed, and that is what counts
 
     # --- what workers say ---------------------------------------------------------------------------------------------
 
@@ -219,9 +220,7 @@ class Agent:
                 self._grant(worker, rank, own, guests)
             case dialogue.Described():
                 self._described[rank] = message
-                told.append(
-                    node_messages.BillNoted(rank, message.host, message.unique_nbytes, message.warning)
-                )
+                told.append(node_messages.BillNoted(rank, message.host, message.unique_nbytes, message.warning))
                 if self._described.keys() == set(self.ranks) and worker.seat is not None and not worker.seat.joining:
                     told.append(self._seats_described())
             case dialogue.Ready(epoch=epoch, startup=startup):
@@ -259,7 +258,9 @@ class Agent:
         except FlashRecoveryError as error:
             self._say(worker, dialogue.MemoryGranted(own_nbytes, ordered, sizes, refusal=str(error)))
             return
-        self._say(worker, dialogue.MemoryGranted(own_nbytes, ordered, sizes), tuple(fd_of[holding] for holding in holdings))
+        self._say(
+            worker, dialogue.MemoryGranted(own_nbytes, ordered, sizes), tuple(fd_of[holding] for holding in holdings)
+        )
 
     def _seats_described(self) -> core.SeatsDescribed:
         described = self._described
@@ -323,15 +324,13 @@ class Agent:
             self._spares.append(self._workers.start("spares.log"))
 
     def _wait(self) -> None:
-        waits: list[object] = [self._wake_read, *(worker.channel for worker in self._workers.living)]
+        waits = [self._wake_read, *(worker.channel.fileno() for worker in self._workers.living)]
         server = self._workers.server_fileno()
         if server is not None:
             waits.append(server)
         select.select(waits, [], [], _TICK)
-        try:
+        with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
-        except BlockingIOError:
-            pass
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -381,4 +380,3 @@ def _torchrun_environment(config: LaunchConfig, rank: Rank, restarts: int) -> di
         "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
         "TORCHELASTIC_RUN_ID": config.rdzv_id,
     }
-

@@ -29,6 +29,7 @@ from megatron_flashrecovery.runtime.summary import (
     write_summary,
 )
 
+_NO_STEP = Step(0)
 _RESTORE_PARTS = ("restore", "gather", "agree", "mirror")
 
 
@@ -38,7 +39,7 @@ class _Measured:
 
     died: float | None = None
     seen: float | None = None
-    newest: Step = Step(0)
+    newest: Step = _NO_STEP
     rebuild: float = 0.0
     restore: float = 0.0
     resumed: float = 0.0
@@ -146,7 +147,8 @@ class Chronicle:
         self._measured[recovery.epoch] = measured
         sources = "; ".join(f"rank {rank} from {source}" for rank, source in list(recovery.source_of.items())[:8])
         self._say(
-            f"epoch {recovery.epoch}: goes on from step {recovery.resume_step} after {recovery.seconds['total']:.2f} s, "
+            f"epoch {recovery.epoch}: goes on from step {recovery.resume_step} "
+            f"after {recovery.seconds['total']:.2f} s, "
             f"{len(recovery.rebuilt)} groups rebuilt and {recovery.kept} kept; {sources or 'all from live memory'}"
         )
 
@@ -196,4 +198,3 @@ def _record(epoch: Epoch, measured: _Measured) -> RecoveryRecord:
         groups=GroupTally(rebuilt=len(recovery.rebuilt), kept=recovery.kept),
         source=dict(recovery.source_of),
     )
-

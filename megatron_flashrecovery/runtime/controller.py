@@ -1,7 +1,7 @@
 """One controller per job: hears every agent, lets the core decide, and passes its commands on.
 
-It runs in one event loop, so the job has one writer. All it adds to the core is bytes, time and the record: nothing here
-depends on what an event means. It lives in the launcher of node 0.
+It runs in one event loop, so the job has one writer. All it adds to the core is bytes, time and the record: nothing
+here depends on what an event means. It lives in the launcher of node 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _TICK = 0.05
 
 
 class Controller:
-    """``store`` is the address of the TCPStore that the workers meet in; ``job`` is the core's state, owned by this loop."""
+    """``store`` is the address of the TCPStore that the workers meet in; ``job`` is the core's state, owned by this
+    loop."""
 
     def __init__(self, config: LaunchConfig, job: Job, store: tuple[str, int], chronicle: Chronicle) -> None:
         self._config = config
@@ -110,7 +111,12 @@ class Controller:
 
     def _order(self, command: core.Command) -> None:
         match command:
-            case core.StartWorkers(node=node) | core.Drain(node=node) | core.ExecutePlan(node=node) | core.Fence(node=node):
+            case (
+                core.StartWorkers(node=node)
+                | core.Drain(node=node)
+                | core.ExecutePlan(node=node)
+                | core.Fence(node=node)
+            ):
                 self._outbox[node].put_nowait(command)
             case core.Park() | core.Resume() | core.Release() | core.RestartAll():
                 for queue in self._outbox.values():
@@ -135,5 +141,3 @@ class Controller:
         self._last_heard.pop(node, None)
         if self._outbox.pop(node, None) is not None:
             self._apply(core.NodeLost(node, cause))
-
-

@@ -1,6 +1,7 @@
 """What a worker and the agent of its node say to each other, besides the orders and reports of the core.
 
-The agent passes ``Park``, ``Drain``, ``ExecutePlan``, ``Resume`` and ``Release`` on as they are, narrowed to the one rank.
+The agent passes ``Park``, ``Drain``, ``ExecutePlan``, ``Resume`` and ``Release`` on as they are, narrowed to the one
+rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Shows what one worker prints while the launcher runs: workers write to files, so that nobody blocks on a full pipe."""
+"""Shows what one worker prints while the launcher runs: workers write to files, so that nobody blocks on a full
+pipe."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
 """A process that has done the imports of the training script and forks workers that need not do them again.
 
-It runs the script once under a name that is not ``__main__``, as multiprocessing's fork server does, so whatever stands
-outside ``if __name__ == "__main__"`` is done in advance. It must stay single-threaded, without an RPC library and without
-a device context, or a fork of it may hang or crash much later: it checks that, and refuses to serve when it does not hold.
+It runs the script once under a name that is not ``__main__``, as multiprocessing's fork server does, so whatever
+stands outside ``if __name__ == "__main__"`` is done in advance. It must stay single-threaded, without an RPC library
+and without a device context, or a fork of it may hang or crash much later: it checks that, and refuses to serve when
+it does not hold.
 
-Started by the agent as ``python -m megatron_flashrecovery.runtime.fork_server FD SCRIPT``; FD is its end of a socket pair.
+Started by the agent as ``python -m megatron_flashrecovery.runtime.fork_server FD SCRIPT``; FD is its end of a socket
+pair.
 """
 
 from __future__ import annotations
@@ -117,11 +119,11 @@ def _serve(channel: Channel) -> tuple[int, int] | None:
     signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     while True:
-        ready, _, _ = select.select([channel, wake], [], [])
+        ready, _, _ = select.select([channel.fileno(), wake], [], [])
         if wake in ready:
             os.read(wake, 4096)
             _reap(channel)
-        if channel in ready:
+        if channel.fileno() in ready:
             try:
                 channel.fill()
             except ChannelClosed:

@@ -1,4 +1,5 @@
-"""What the session needs to know of a training framework; adapters implement it, ``testing.toy`` is the smallest one."""
+"""What the session needs to know of a training framework; adapters implement it, ``testing.toy`` is the smallest
+one."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Moment(Enum):
 class StepRecord:
     """What a step reports. ``loss`` is reduced over data-parallel peers; both are exact (hex) in ``steps.jsonl``.
 
-    Only the reporting rank has one; it is part of the state of its step, so that a step is never left out of the record.
+    Only the reporting rank has one; it is part of the state of its step, so that a step is never left out of the
+    record.
     """
 
     loss: float | None
@@ -65,7 +67,8 @@ class Framework(Protocol):
         """Gradients, pipeline buffers, outstanding handles, timers, rerun state: as before the step began."""
 
     def gather_parameters(self) -> None:
-        """Collect the parameters from the shards again (a collective over ``agreement_group``); a no-op unless sharded."""
+        """Collect the parameters from the shards again (a collective over ``agreement_group``); a no-op unless
+        sharded."""
 
     def rewind_data(self, step: Step) -> None:
         """The next batch that the loop draws is the one that step ``step + 1`` is computed from. At most two steps

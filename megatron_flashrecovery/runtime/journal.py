@@ -55,7 +55,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._encoder = msgspec.json.Encoder()
-        self._state: tuple[object, float | None] = (None, None)
+        self._state: tuple[object, float | None] | None = None
 
     def started(self, job: JobStarted, *, time: float, now: float) -> None:
         """What a replay begins with: once, before the first event."""
@@ -66,9 +66,8 @@ class Journal:
 
         A tick of the clock that changed nothing leaves no line.
         """
-        state = (job.phase, job.next_deadline)
-        changed = state[0] is not self._state[0] or state[1] != self._state[1]
-        self._state = state
+        before, self._state = self._state, (job.phase, job.next_deadline)
+        changed = before is not None and (before[0] is not job.phase or before[1] != job.next_deadline)
         if isinstance(event, ClockTicked) and not commands and not changed:
             return
         self.write("event", event, time=time, now=now, epoch=job.epoch)

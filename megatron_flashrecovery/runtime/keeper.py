@@ -1,8 +1,8 @@
-"""Keeps this rank's snapshots and its guests' mirrors: a thread seals what the main thread has captured and brings it to
-the host, while the main thread computes the next step.
+"""Keeps this rank's snapshots and its guests' mirrors: a thread seals what the main thread has captured and brings it
+to the host, while the main thread computes the next step.
 
-The thread touches committed host memory and its own link, nothing else (invariant 5). It always works on the newest job;
-an older one that was overtaken is dropped, and whatever belongs to an epoch that is over fails by itself.
+The thread touches committed host memory and its own link, nothing else (invariant 5). It always works on the newest
+job; an older one that was overtaken is dropped, and whatever belongs to an epoch that is over fails by itself.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from megatron_flashrecovery.comm.mirror_hello import Request
 from megatron_flashrecovery.comm.mirror_link import Link, TcpLinks, fetch_snapshot
 from megatron_flashrecovery.core.errors import LinkLost, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.framework import Moment
 from megatron_flashrecovery.runtime.injector import Injector
@@ -52,7 +51,7 @@ class Keeper:
     def __init__(
         self,
         seat: Seat,
-        store: dist.Store,
+        bulletin: Bulletin,
         berth: Berth,
         memories: Memories,
         unique: Sequence[TensorPiece],
@@ -60,7 +59,7 @@ class Keeper:
         injector: Injector,
     ) -> None:
         self._seat = seat
-        self._store = store
+        self._bulletin = bulletin
         self.host = berth.host
         self._on_change = on_change
         self._injector = injector
@@ -71,7 +70,7 @@ class Keeper:
             self._guests.add(guest, memory.slots)
         self._links = TcpLinks(seat.token.encode(), _address_towards(seat.store_host))
         self._server = self._links.serve(seat.rank, self._guests)
-        store.set(_server_key(seat.rank), self._server.address)
+        bulletin.post(_server_key(seat.rank), self._server.address.encode())
         self._epoch = seat.epoch
         self._link: Link | None = None
         self._acknowledged = _NOTHING
@@ -109,8 +108,9 @@ class Keeper:
         with self._changed:
             self._epoch, self._job, self._trouble = epoch, None, None
             self._acknowledged = _NOTHING
-            if self._link is not None:
-                self._link.close()
+            link, self._link = self._link, None
+        if link is not None:
+            link.close()
         self._guests.open_epoch(epoch)
         self._server.open_epoch(epoch)
         self._own.discard_newer_than(step)
@@ -132,7 +132,7 @@ class Keeper:
         request = Request(self._seat.rank, step, self._epoch, "state")
         timeout = self._seat.execute_timeout
         self._links.fetch(self._address_of(peer), request, lambda offer: write_live(pieces, offer), timeout)
-        sealed = self._store.get(_values_key(self._epoch, self._seat.rank))
+        sealed = self._bulletin.read(_values_key(self._epoch, self._seat.rank))
         digest, encoded = sealed[:_DIGEST_NBYTES], sealed[_DIGEST_NBYTES:]
         if fingerprint(encoded) != digest:
             raise SnapshotMismatch(f"the values that rank {peer} gave of step {step} arrived damaged")
@@ -144,7 +144,7 @@ class Keeper:
         """Main thread: send live state to data-parallel peers that lost theirs."""
         encoded = encode_values(values)
         for rank in ranks:
-            self._store.set(_values_key(self._epoch, rank), fingerprint(encoded) + encoded)
+            self._bulletin.post(_values_key(self._epoch, rank), fingerprint(encoded) + encoded)
             offer = live_offer(self._seat.rank, step, self._epoch, pieces)
             request = Request(rank, step, self._epoch, "state")
             self._server.give(request, offer, read_live(pieces), self._seat.execute_timeout)
@@ -193,7 +193,9 @@ class Keeper:
                 self._linked(job).offer(offer, content, self._seat.execute_timeout)
                 break
             except LinkLost:
-                self._link = None
+                with self._changed:
+                    if self._epoch == job.epoch:
+                        self._link = None
                 if self._overtaken_within(job, _PAUSE * attempt):
                     return
                 if attempt == _ATTEMPTS:
@@ -204,10 +206,14 @@ class Keeper:
         self._on_change()
 
     def _linked(self, job: _Job) -> Link:
-        if self._link is None:
-            address = self._address_of(self.host)
-            self._link = self._links.connect(address, self._seat.rank, job.epoch, self._seat.execute_timeout)
-        return self._link
+        if self._link is not None:
+            return self._link
+        address = self._address_of(self.host)
+        link = self._links.connect(address, self._seat.rank, job.epoch, self._seat.execute_timeout)
+        with self._changed:
+            if self._epoch == job.epoch:
+                self._link = link
+        return link  # of an epoch that is over, it fails at its first use
 
     def _overtaken_within(self, job: _Job, seconds: float) -> bool:
         """Whether this delivery is over: usually the host was lost, and a new epoch brings a new one."""
@@ -231,9 +237,9 @@ class Keeper:
             self._changed.notify_all()
 
     def _address_of(self, rank: Rank) -> str:
-        """Of the worker that sits there now: it says so before it is ready, and overwrites what its predecessor said."""
-        address: str = self._store.get(_server_key(rank)).decode()
-        return address
+        """Of the worker that sits there now: it says so before it is ready, and overwrites what its predecessor
+        said."""
+        return self._bulletin.read(_server_key(rank)).decode()
 
 
 def _server_key(rank: Rank) -> str:

@@ -45,7 +45,12 @@ def run(config: LaunchConfig) -> int:
     if not config.module and not Path(config.script).is_file():
         raise ConfigError(f"the script {config.script} does not exist")
     config = dataclasses.replace(config, token=config.token or secrets.token_hex(16))
-    workers = Workers(config.script, config.log_dir / "logs", _worker_environment(config), preload=config.preload and not config.module)
+    workers = Workers(
+        config.script,
+        config.log_dir / "logs",
+        _worker_environment(config),
+        preload=config.preload and not config.module,
+    )
     try:
         with _signals_raise(), _controller(config) as address:
             return _serve(config, workers, address)
@@ -58,7 +63,9 @@ def run(config: LaunchConfig) -> int:
 
 def _serve(config: LaunchConfig, workers: Workers, address: str) -> int:
     node = NodeId(f"node{config.node_rank}")
-    print(f"flashrecovery: {config.nproc_per_node} workers here, records in {config.log_dir}", file=sys.stderr, flush=True)
+    print(
+        f"flashrecovery: {config.nproc_per_node} workers here, records in {config.log_dir}", file=sys.stderr, flush=True
+    )
     seconds = workers.wait_for_server(config.deadlines.join_timeout)
     if workers.cold_because:
         print(f"flashrecovery: workers start cold: {workers.cold_because}", file=sys.stderr, flush=True)
@@ -111,7 +118,9 @@ def _controller(config: LaunchConfig) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     try:
         port = loop.run_until_complete(controller.start(config.master_addr, config.master_port))
-        thread = threading.Thread(target=loop.run_until_complete, args=(controller.run(),), name="flashrecovery-controller")
+        thread = threading.Thread(
+            target=loop.run_until_complete, args=(controller.run(),), name="flashrecovery-controller"
+        )
         thread.start()
         try:
             yield f"{config.master_addr}:{port}"
@@ -155,5 +164,3 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

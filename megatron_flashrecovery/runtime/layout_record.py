@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_flashrecovery.core.errors import RecordDamaged
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.messages import SeatsDescribed
-from megatron_flashrecovery.core.mirroring import Placement
+from megatron_flashrecovery.core.mirroring import Placement, warnings_of
 from megatron_flashrecovery.core.outlook import Arrangement, Outlook, outlook_of
 from megatron_flashrecovery.runtime.journal import FILE_NAME, decode_as, read_journal
 from megatron_flashrecovery.runtime.node_messages import BillNoted
@@ -36,4 +36,4 @@ def recorded_outlook(directory: Path) -> tuple[Arrangement, Outlook]:
         unique_nbytes={rank: nbytes_of.get(rank, 0) for rank in peers},
         sharded=any(seats.sharded for seats in described.values()),
     )
-    return job, outlook_of(job, Placement(host_of))
+    return job, outlook_of(job, Placement(host_of, warnings_of(host_of, job.peers, job.node_of)))

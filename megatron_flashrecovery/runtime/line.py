@@ -1,5 +1,5 @@
-"""The line between a trainer and its agent: a thread that hears orders while the main thread computes, and says where the
-main thread stands once it has been told to stop, also when it is stuck inside an operation."""
+"""The line between a trainer and its agent: a thread that hears orders while the main thread computes, and says where
+the main thread stands once it has been told to stop, also when it is stuck inside an operation."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ class Line:
 
     # --- what is said -------------------------------------------------------------------------------------------------
 
-    def ask_for_memory(
-        self, needed: dialogue.MemoryNeeded, timeout: float
-    ) -> tuple[dialogue.MemoryGranted, list[int]]:
+    def ask_for_memory(self, needed: dialogue.MemoryNeeded, timeout: float) -> tuple[dialogue.MemoryGranted, list[int]]:
         """Raises ``queue.Empty`` if the agent does not answer in time."""
         self._channel.send(needed)
         return self._granted.get(timeout=timeout)
@@ -168,7 +166,8 @@ class Line:
                 assert_never(action)
 
     def _look_again(self) -> None:
-        """While stopped: say it if the main thread turned out to be stuck, or if operations completed behind its back."""
+        """While stopped: say it if the main thread turned out to be stuck, or if operations completed behind its
+        back."""
         stand = self._lot.stand or self._blocked()
         if stand is not None and self._report(stand) != self._last_said:
             self.report()
@@ -196,4 +195,3 @@ class Line:
             told=self._lot.told,
             told_last=self._lot.told_last,
         )
-

@@ -42,7 +42,8 @@ class StepNoted:
 
 @dataclass(frozen=True)
 class BillNoted:
-    """What mirroring costs this rank: bytes of unique state a step, its host, and a warning if the host is a poor one."""
+    """What mirroring costs this rank: bytes of unique state a step, its host, and a warning if the host is a poor
+    one."""
 
     rank: Rank
     host: Rank | None

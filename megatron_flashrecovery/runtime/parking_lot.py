@@ -1,7 +1,7 @@
 """Where the threads of a trainer stop when the job stops, and how each of them is let go again.
 
-Orders arrive on the session's own thread; the main thread (or an autograd thread that it drives) stands here until one of
-them says how its stop ends. While nothing is wrong, an operation pays for one read of a flag.
+Orders arrive on the session's own thread; the main thread (or an autograd thread that it drives) stands here until one
+of them says how its stop ends. While nothing is wrong, an operation pays for one read of a flag.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.runtime.framework import StepRecord
 from megatron_flashrecovery.state.pieces import Value
 
+NO_STEP = Step(0)
 _RECORD = "flashrecovery/record"
 _KEPT = 2
 
@@ -22,7 +23,7 @@ class Progress:
     """``values`` are the small pieces at the boundaries of the last two completed steps, ``records`` what those steps
     reported: a rank that is carried over a step needs the report that it never computed."""
 
-    completed: Step = Step(0)
+    completed: Step = NO_STEP
     update: Update = Update.BEFORE
     values: dict[Step, Mapping[str, Value]] = field(default_factory=dict)
     records: dict[Step, StepRecord] = field(default_factory=dict)

@@ -1,8 +1,9 @@
 """Carrying out one rank's share of a plan, on the main thread.
 
-The order matters: what belongs to a timeline that is over is discarded before anything is taken up (invariant 2), state is
-in place before the peers compare it, and the share counts as executed only once the host has acknowledged the mirror of
-the resume step (invariant 3). Another loss may come between any two lines: the next plan starts from the first line again.
+The order matters: what belongs to a timeline that is over is discarded before anything is taken up (invariant 2),
+state is in place before the peers compare it, and the share counts as executed only once the host has acknowledged the
+mirror of the resume step (invariant 3). Another loss may come between any two lines: the next plan starts from the
+first line again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from megatron_flashrecovery.runtime.parking_lot import ParkingLot
 from megatron_flashrecovery.runtime.progress import Progress, split_record, with_record
 from megatron_flashrecovery.state.fingerprint import tensors_fingerprint
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
-
 
 _GRACE = 2.0
 

@@ -1,7 +1,7 @@
 """Inside a trainer: what an adapter calls at the seams of the framework's loop.
 
-The loop never sees a failure. ``run_step`` returns when the step that it was asked for is complete, however often it was
-computed, by whom, and on whose state; everything in between happens inside it, on the thread that called it.
+The loop never sees a failure. ``run_step`` returns when the step that it was asked for is complete, however often it
+was computed, by whom, and on whose state; everything in between happens inside it, on the thread that called it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
@@ -21,12 +19,13 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.runtime import dialogue
+from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.framework import Framework, Moment, StepRecord
 from megatron_flashrecovery.runtime.injector import Injector
 from megatron_flashrecovery.runtime.keeper import Keeper
 from megatron_flashrecovery.runtime.line import Line
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
-from megatron_flashrecovery.runtime.progress import Progress, with_record
+from megatron_flashrecovery.runtime.progress import NO_STEP, Progress, with_record
 from megatron_flashrecovery.runtime.recovery import Recovery
 from megatron_flashrecovery.runtime.seat import taken_seat
 from megatron_flashrecovery.runtime.settling import Berth, find_berth, take_memory
@@ -44,15 +43,13 @@ class Session:
         self._channel = channel
         self.rank = seat.rank
         self._progress = Progress()
-        self._store = dist.TCPStore(
-            seat.store_host, seat.store_port, None, False, timedelta(seconds=seat.join_timeout), wait_for_workers=False
-        )
+        self._bulletin = Bulletin(seat.store_host, seat.store_port, seat.join_timeout)
         self._lot = ParkingLot(seat.drain_timeout, lambda: self._line.report())
         record = StartupRecord.from_bytes(seat.startup) if seat.joining and seat.startup else None
         self._registry = GroupRegistry(
             rank=seat.rank,
             world_size=seat.world_size,
-            store=self._store,
+            store=self._bulletin.store,
             parking=self._lot,
             epoch=seat.epoch,
             timeout=_GROUP_TIMEOUT,
@@ -88,10 +85,10 @@ class Session:
         Raises ``ConfigError`` if there is no host for the second copy, or not enough memory for it.
         """
         self._framework = framework
-        berth = find_berth(self._store, self._seat, framework.data_parallel_peers())
-        memories = take_memory(self._line, self._store, self._seat, berth, framework)
+        berth = find_berth(self._bulletin, self._seat, framework.data_parallel_peers())
+        memories = take_memory(self._line, self._bulletin, self._seat, berth, framework)
         self._keeper = Keeper(
-            self._seat, self._store, berth, memories, self._unique(), self._lot.notify, self._injector
+            self._seat, self._bulletin, berth, memories, self._unique(), self._lot.notify, self._injector
         )
         self._line.copies = self._keeper
         self._describe(berth)
@@ -99,7 +96,7 @@ class Session:
             self._seat, self._lot, self._line, self._registry, self._keeper, framework, self._progress
         )
 
-    def first_step(self, loaded: Step = Step(0)) -> Step:
+    def first_step(self, loaded: Step = NO_STEP) -> Step:
         """How many steps are complete when the loop begins: ``loaded`` (the framework's own checkpoint, or 0) on a
         normal start; on a replacement, the step that the job goes on from, with its state in place."""
         if not self._joining:
@@ -277,8 +274,6 @@ class Session:
         """Carry plans out until one of them is not overtaken by another loss."""
         self._recovery.execute()
         self._report_again()
-
-
 
     def _report_again(self) -> None:
         """Whoever reports the steps may have been lost after the resume step and before it said so."""

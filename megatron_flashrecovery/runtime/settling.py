@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import torch.distributed as dist
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.mirroring import NoHost, Placement, place_mirrors
 from megatron_flashrecovery.runtime import dialogue
+from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.line import Line
 from megatron_flashrecovery.runtime.progress import with_record
@@ -45,29 +45,29 @@ class Memories:
     guests: Mapping[Rank, Memory]
 
 
-def find_berth(store: dist.Store, seat: dialogue.Seat, peers: Sequence[Rank]) -> Berth:
+def find_berth(bulletin: Bulletin, seat: dialogue.Seat, peers: Sequence[Rank]) -> Berth:
     """Raises ``ConfigError`` if there is nowhere to put a second copy."""
     if seat.joining:
-        return _BERTH.decode(store.get(_berth_key(seat.rank)))
-    store.set(_epoch_key(seat, "peers", seat.rank), msgspec.msgpack.encode(list(peers)))
+        return _BERTH.decode(bulletin.read(_berth_key(seat.rank)))
+    bulletin.post(_epoch_key(seat, "peers", seat.rank), msgspec.msgpack.encode(list(peers)))
     if seat.rank == 0:
-        _assign_berths(store, seat)
-    answer = store.get(_epoch_key(seat, "berth", seat.rank))
+        _assign_berths(bulletin, seat)
+    answer = bulletin.read(_epoch_key(seat, "berth", seat.rank))
     berth = _BERTH.decode(answer)
     if berth.refusal is not None:
         raise ConfigError(berth.refusal)
-    store.set(_berth_key(seat.rank), answer)
+    bulletin.post(_berth_key(seat.rank), answer)
     return berth
 
 
-def _assign_berths(store: dist.Store, seat: dialogue.Seat) -> None:
+def _assign_berths(bulletin: Bulletin, seat: dialogue.Seat) -> None:
     ranks = [Rank(rank) for rank in range(seat.world_size)]
-    said = store.multi_get([_epoch_key(seat, "peers", rank) for rank in ranks])
+    said = bulletin.read_all([_epoch_key(seat, "peers", rank) for rank in ranks])
     peers = {rank: tuple(msgspec.msgpack.decode(data, type=list[Rank])) for rank, data in zip(ranks, said, strict=True)}
     node_of = {rank: NodeId(f"node{rank // seat.ranks_per_node}") for rank in ranks}
     placement = place_mirrors(peers, node_of)
     for rank in ranks:
-        store.set(_epoch_key(seat, "berth", rank), msgspec.msgpack.encode(_berth(placement, rank)))
+        bulletin.post(_epoch_key(seat, "berth", rank), msgspec.msgpack.encode(_berth(placement, rank)))
 
 
 def _berth(placement: Placement | NoHost, rank: Rank) -> Berth:
@@ -77,17 +77,17 @@ def _berth(placement: Placement | NoHost, rank: Rank) -> Berth:
     return Berth(placement.host_of[rank], placement.guests_of().get(rank, ()), warnings)
 
 
-def take_memory(line: Line, store: dist.Store, seat: dialogue.Seat, berth: Berth, framework: Framework) -> Memories:
+def take_memory(line: Line, bulletin: Bulletin, seat: dialogue.Seat, berth: Berth, framework: Framework) -> Memories:
     """Ask the agent for memory that outlives this process. Raises ``ConfigError`` if the node has not enough."""
     if seat.joining:
-        own = int(store.get(_size_key(seat.rank)))
-        guests = {guest: int(store.get(_size_key(guest))) for guest in berth.guests}
+        own = int(bulletin.read(_size_key(seat.rank)))
+        guests = {guest: int(bulletin.read(_size_key(guest))) for guest in berth.guests}
     else:
         unique = [piece for piece in framework.tensor_pieces() if piece.unique]
         own = needed_bytes(unique, with_record(framework.values(), StepRecord(0.0, 0.0)))
-        store.set(_epoch_key(seat, "slot_nbytes", seat.rank), str(own))
-        store.set(_size_key(seat.rank), str(own))
-        guests = {guest: int(store.get(_epoch_key(seat, "slot_nbytes", guest))) for guest in berth.guests}
+        bulletin.post(_epoch_key(seat, "slot_nbytes", seat.rank), str(own).encode())
+        bulletin.post(_size_key(seat.rank), str(own).encode())
+        guests = {guest: int(bulletin.read(_epoch_key(seat, "slot_nbytes", guest))) for guest in berth.guests}
     granted, fds = line.ask_for_memory(dialogue.MemoryNeeded(own, guests), seat.join_timeout)
     if granted.refusal is not None:
         raise ConfigError(granted.refusal)

@@ -1,4 +1,5 @@
-"""The processes of one node: started from a fork server where that is safe, else from nothing, and watched until they end.
+"""The processes of one node: started from a fork server where that is safe, else from nothing, and watched until they
+end.
 
 A worker is born without a seat. It gets one as its first message, at once or, for a spare, when it is needed.
 """
@@ -167,10 +168,21 @@ class Workers:
 
     def _start_server(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "megatron_flashrecovery.runtime.fork_server", str(theirs.fileno()), self._script]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_flashrecovery.runtime.fork_server",
+            str(theirs.fileno()),
+            self._script,
+        ]
         with self._log("fork_server.log") as log:
             self._server = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                pass_fds=[theirs.fileno()],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         theirs.close()
         self._server_channel = Channel(ours, fork_codec())
@@ -199,7 +211,7 @@ class Workers:
         worker.pid = worker.process.pid
 
     def _hear_server(self, channel: Channel) -> list[WorkerEnded]:
-        ended = []
+        ended: list[WorkerEnded] = []
         while True:
             try:
                 message, _ = channel.receive(timeout=0.0)

@@ -1,5 +1,6 @@
-"""The smallest framework that has everything a recovery must get right: two pipeline stages' worth of traffic, model and
-data parallel groups, a sharded or replicated optimizer with momentum, dropout noise from a generator, and a data position.
+"""The smallest framework that has everything a recovery must get right: two pipeline stages' worth of traffic, model
+and data parallel groups, a sharded or replicated optimizer with momentum, dropout noise from a generator, and a data
+position.
 
 It is made of torch alone and steps in milliseconds, so tests of the runtime use it where Megatron would take seconds.
 """
@@ -166,6 +167,5 @@ class Toy:
 def _own(rank_lists: list[list[int]], rank: int, desc: str) -> dist.ProcessGroup:
     """Every process makes every group, in the same order, as frameworks do."""
     groups = [dist.new_group(ranks, group_desc=desc) for ranks in rank_lists]
-    return next(group for group, ranks in zip(groups, rank_lists, strict=True) if rank in ranks)
-
-
+    own: dist.ProcessGroup = next(group for group, ranks in zip(groups, rank_lists, strict=True) if rank in ranks)
+    return own

@@ -12,6 +12,7 @@ pair.
 from __future__ import annotations
 
 import ast
+import atexit
 import ctypes
 import gc
 import os
@@ -157,6 +158,8 @@ def _become_worker(worker_socket: int, output: int) -> None:
     os.dup2(output, 2)
     os.close(output)
     _reseed()
+    # What stays frozen at the end is never collected, and extension modules then report their types as leaked.
+    atexit.register(gc.unfreeze)
     run_worker(worker_socket)
 
 

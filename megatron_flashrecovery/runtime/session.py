@@ -202,6 +202,7 @@ class Session:
             return
         if step != self._progress.completed:
             raise ConfigError(f"the loop begins at step {step}, but first_step said {self._progress.completed}")
+        startup = self._registry.startup_record().to_bytes()
         self._registry.stop_recording()
         self._complete(step, StepRecord(None, None))
         if not self._framework.sharded:
@@ -209,7 +210,7 @@ class Session:
         self._lot.wait_until(
             lambda: self._keeper.has_acknowledged(step), self._mirror_of(step), self._seat.join_timeout
         )
-        self._line.say_ready(self._registry.startup_record().to_bytes())
+        self._line.say_ready(startup)
 
     def _unique(self) -> list[TensorPiece]:
         return [piece for piece in self._framework.tensor_pieces() if piece.unique]

@@ -134,6 +134,8 @@ class Agent:
                 self._workers.kill(worker)
 
     def _restart(self, order: core.RestartAll) -> None:
+        if order.epoch <= self._epoch:
+            return
         self._end_seated(self.ranks)
         self._vault.close()
         self._startup.clear()

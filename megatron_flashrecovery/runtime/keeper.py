@@ -7,8 +7,10 @@ job; an older one that was overtaken is dropped, and whatever belongs to an epoc
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +35,7 @@ _ATTEMPTS = 5
 _PAUSE = 0.2
 _CLOSE_TIMEOUT = 2.0
 _DIGEST_NBYTES = 16
+_BROKEN_EXIT = 19
 _NOTHING = Step(-1)
 
 
@@ -74,7 +77,7 @@ class Keeper:
         self._epoch = seat.epoch
         self._link: Link | None = None
         self._acknowledged = _NOTHING
-        self._trouble: LinkLost | None = None
+        self._trouble: LinkLost | SnapshotMismatch | None = None
         self._changed = threading.Condition()
         self._job: _Job | None = None
         self._closed = False
@@ -89,7 +92,8 @@ class Keeper:
         self._give_job(_Job(step, self._epoch, captured=True))
 
     def has_acknowledged(self, step: Step) -> bool:
-        """Raises ``LinkLost`` if the mirror cannot be delivered although its host is not known to be lost."""
+        """Raises ``LinkLost`` if the mirror cannot be delivered although its host is not known to be lost, and
+        ``SnapshotMismatch`` if it is not what was captured."""
         if self._trouble is not None:
             raise self._trouble
         return self._acknowledged >= step
@@ -175,11 +179,16 @@ class Keeper:
                 job, self._job = self._job, None
             try:
                 self._deliver_one(job)
-            except SnapshotMismatch:
-                pass  # discarded meanwhile, or the host is in another epoch by now: a recovery brings it again
-            except LinkLost as lost:
-                self._trouble = lost
+            except (LinkLost, SnapshotMismatch) as error:
+                with self._changed:
+                    # In another epoch it was discarded meanwhile, or its host was lost: a recovery brings it again.
+                    if job.epoch == self._epoch:
+                        self._trouble = error
                 self._on_change()
+            except Exception:
+                # Without this thread every gate would wait for ever, and nobody would know why.
+                traceback.print_exc()
+                os._exit(_BROKEN_EXIT)
 
     def _deliver_one(self, job: _Job) -> None:
         if job.captured:

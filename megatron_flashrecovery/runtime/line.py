@@ -8,6 +8,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Protocol, assert_never
 
@@ -24,7 +25,8 @@ from megatron_flashrecovery.runtime.progress import Progress
 
 _BLOCKED_AFTER = 0.02
 _POLL = 0.01
-_AGENT_GONE_EXIT = 17
+_AGENT_GONE_EXIT = 18
+_BROKEN_EXIT = 19
 
 
 class Copies(Protocol):
@@ -132,6 +134,10 @@ class Line:
         except ChannelClosed:
             print("flashrecovery: the agent of this node is gone, so this worker ends", file=sys.stderr, flush=True)
             os._exit(_AGENT_GONE_EXIT)
+        except Exception:
+            # Without this thread the main thread would stand still for ever, and nobody would know why.
+            traceback.print_exc()
+            os._exit(_BROKEN_EXIT)
 
     def _obey(self, message: object) -> None:
         assert isinstance(message, core.Park | core.Drain | core.ExecutePlan | core.Resume | core.Release), message
@@ -193,5 +199,4 @@ class Line:
             own=copies.own_steps() if copies else (),
             guests=copies.guest_steps() if copies else {},
             told=self._lot.told,
-            told_last=self._lot.told_last,
         )

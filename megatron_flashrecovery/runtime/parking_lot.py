@@ -16,7 +16,7 @@ import msgspec
 
 from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed, Verdict
 from megatron_flashrecovery.core.errors import FlashRecoveryError
-from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.messages import ExecutePlan, Spot, Standing, Told
 
 _PROCEED = Proceed()
@@ -60,8 +60,7 @@ class ParkingLot:
         self._stand: Stand | None = None
         self._stopped_since = 0.0
         self._told: list[Told] = []
-        self._told_last: list[Told] = []
-        self._keep_told = False
+        self._telling: Step | None = None
 
     # --- the session's thread -----------------------------------------------------------------------------------------
 
@@ -120,13 +119,8 @@ class ParkingLot:
 
     @property
     def told(self) -> tuple[Told, ...]:
-        """Results of small reductions since the gate of the step that this rank is in."""
+        """Results of small reductions since the gate before last."""
         return tuple(self._told)
-
-    @property
-    def told_last(self) -> tuple[Told, ...]:
-        """Those of the last completed step."""
-        return tuple(self._told_last)
 
     # --- the main thread ----------------------------------------------------------------------------------------------
 
@@ -152,19 +146,17 @@ class ParkingLot:
         return self._stay(Stand(Standing.CAUGHT, spot))
 
     def completed(self, spot: Spot, results: Sequence[bytes] | None) -> None:
-        if self._keep_told and results is not None:
-            self._told.append(Told(spot.operation, msgspec.msgpack.encode(list(results))))
+        if self._telling is not None and results is not None:
+            self._told.append(Told(spot.operation, msgspec.msgpack.encode(list(results)), self._telling))
 
-    def begin_telling(self) -> None:
-        """This rank is at its gate."""
-        self._told = []
-        self._keep_told = True
+    def begin_telling(self, step: Step) -> None:
+        """This rank is at the gate of the update to ``step``."""
+        self._told = [told for told in self._told if told.step == step - 1]
+        self._telling = step
 
-    def end_telling(self, completed: bool) -> None:
-        """The step is complete, or was given up."""
-        self._told_last = self._told if completed else self._told_last
-        self._told = []
-        self._keep_told = False
+    def end_telling(self) -> None:
+        """That step is over, or given up."""
+        self._telling = None
 
     def blocked_by(self, rank: Rank) -> None:
         """The agent of that rank's node sees its death first."""

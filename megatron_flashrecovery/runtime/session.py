@@ -42,7 +42,7 @@ class Session:
         self._seat = seat
         self._channel = channel
         self.rank = seat.rank
-        self._progress = Progress()
+        self._progress = Progress(update=Update.WRITING if seat.joining else Update.BEFORE)
         self._bulletin = Bulletin(seat.store_host, seat.store_port, seat.join_timeout)
         self._lot = ParkingLot(seat.drain_timeout, lambda: self._line.report())
         record = StartupRecord.from_bytes(seat.startup) if seat.joining and seat.startup else None
@@ -155,7 +155,7 @@ class Session:
             self._mirror_of(due),
         )
         self._progress.update = Update.ARMED
-        self._lot.begin_telling()
+        self._lot.begin_telling(Step(completed + 1))
         if self._framework.gate_needs_message():
             self._recovery.meet_peers()
 
@@ -242,9 +242,9 @@ class Session:
 
     def _compute(self, due: Step, call: Callable[[], StepRecord]) -> None:
         self._progress.update = Update.BEFORE
-        self._lot.end_telling(completed=False)
+        self._lot.end_telling()
         record = call()
-        self._lot.end_telling(completed=True)
+        self._lot.end_telling()
         self._complete(due, record)
         self._line.say_first_step(due)
 

@@ -1,7 +1,7 @@
-"""A communicator: the part of a group that is replaced. A full ``dist.ProcessGroup`` with live backends registered on it.
+"""A communicator: the part of a group that is replaced, a full ``dist.ProcessGroup`` with live backends on it.
 
-torch dispatches names that backends lack (``all_gather_single``, ``reduce_scatter_single_coalesced``), so operations go to
-a process group, never to the backend itself.
+torch dispatches names that backends lack (``all_gather_single``, ``reduce_scatter_single_coalesced``), so operations go
+to a process group, never to the backend itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import PrefixStore, Store
 
+from megatron_flashrecovery.comm.operation import Call
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import GroupKey, Rank
 
@@ -44,17 +47,17 @@ class Transport(Protocol):
     """One backend of one communicator."""
 
     backend: Any
-    backend_type: Any
+    backend_type: dist.ProcessGroup.BackendType
     host_synchronous: bool
     """Waiting for a work blocks the host until it is done. Otherwise it only orders the device's stream."""
 
     def connect(self) -> None:
         """Set up what would otherwise be set up by the first operation. A collective call."""
 
-    def wait(self, work: Any, timeout: timedelta | None) -> None:
+    def wait(self, work: dist.Work, timeout: timedelta | None) -> None:
         """Wait as the framework would: on the host for gloo, on the stream for NCCL."""
 
-    def finish(self, work: Any) -> None:
+    def finish(self, work: dist.Work) -> None:
         """Block the host until the operation is complete on the device."""
 
     def sever(self) -> None:
@@ -68,26 +71,27 @@ class Transport(Protocol):
 
 
 class TransportMaker(Protocol):
-    def __call__(self, identity: GroupIdentity, store: dist.Store) -> Transport: ...
+    def __call__(self, identity: GroupIdentity, store: Store) -> Transport: ...
 
 
 class Communicator:
     """Created under its own store prefix; severed at most once, from any thread; closed on the main thread."""
 
-    def __init__(self, identity: GroupIdentity, store: dist.Store) -> None:
+    def __init__(self, identity: GroupIdentity, store: Store) -> None:
         self.severed: str | None = None
+        self.closed = False
         self._transport_of: dict[str, Transport] = {}
         self.inner = dist.ProcessGroup(store, identity.rank, identity.size)
         made: dict[str, Transport] = {}
         for device, name in identity.backends:
             if name not in made:
-                made[name] = _maker(name)(identity, dist.PrefixStore(device, store))
+                made[name] = _maker(name)(identity, PrefixStore(device, store))
             transport = self._transport_of[device] = made[name]
             self.inner._register_backend(torch.device(device), transport.backend_type, transport.backend)
         # As c10d does: with several backends the accelerator's is the default one.
         first = next((made[name] for name in ("nccl",) if name in made), next(iter(made.values())))
         self.inner._set_default_backend(first.backend_type)
-        self.inner._set_group_name(str(identity.key))
+        self.inner._set_group_name(c10d.GroupName(identity.key))
         self.inner._set_group_desc(str(identity.key))
         self.default = first
         self._alone = len(made) == 1
@@ -102,15 +106,30 @@ class Communicator:
     def transports(self) -> Iterable[Transport]:
         return dict.fromkeys(self._transport_of.values())
 
+    def issue(self, calls: Sequence[Call], device: torch.device | None) -> Sequence[dist.Work | None]:
+        """One call, or a batch on ``device``."""
+        if self.severed is not None:
+            raise Severed(self.severed)
+        inner = self.inner
+        if device is None or len(calls) == 1 or not inner._get_backend(device).supports_coalescing:
+            return [call.issue(inner) for call in calls]
+        # Group start, all operations, group end: single sends and receives can deadlock 1F1B on NCCL.
+        inner._start_coalescing(device)
+        for call in calls:
+            call.issue(inner)
+        return [inner._end_coalescing(device)]
+
     def connect(self) -> None:
         for transport in self.transports:
             transport.connect()
 
     def close(self, gently: bool = False) -> None:
         """The inner group and its backends are dropped here: gloo frees sockets and threads with the last reference."""
+        self.severed = self.severed or "its communicator was replaced"
         transports = list(self.transports)
         self._transport_of = {}
-        del self.inner, self.default
+        self.closed = True
+        del self.inner
         for transport in transports:
             transport.close(gently)
 

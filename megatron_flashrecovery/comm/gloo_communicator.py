@@ -1,12 +1,12 @@
 """Gloo as a transport that can be severed: shut exactly the TCP connections of one communicator, and everybody wakes.
 
-``ProcessGroupGloo.abort()`` returns at once and unblocks nobody; a shut connection fails every pair that uses it, here and
-at the other end, within milliseconds. Which connections are ours? Other threads (mirror links, RPC, the store) open
-sockets at any time, so comparing the descriptors of the process before and after proves nothing. But a gloo device has an
-epoll set of its own, and all its connections are in it: we make one device per communicator, recognise its epoll set (it
-appears while the device is made, before anything is connected, and holds nothing but a new listening socket), and read the
-set's members from ``/proc/self/fdinfo`` when we sever. Members carry their inodes, so that a descriptor that was reused
-in between is left alone.
+``ProcessGroupGloo.abort()`` returns at once and unblocks nobody; a shut connection fails every pair that uses it, here
+and at the other end, within milliseconds. Which connections are ours? Other threads (mirror links, RPC, the store) open
+sockets at any time, so comparing the descriptors of the process before and after proves nothing. But a gloo device has
+an epoll set of its own, and all its connections are in it: we make one device per communicator, recognise its epoll set
+(it appears while the device is made, before anything is connected, and holds nothing but a new listening socket), and
+read the set's members from ``/proc/self/fdinfo`` when we sever. Members carry their inodes, so that a descriptor that
+was reused in between is left alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from megatron_flashrecovery.comm.communicator import TRANSPORTS, GroupIdentity
 
 _MEMBER = re.compile(r"^tfd:\s*(\d+)\s.*\bino:([0-9a-f]+)\b", re.MULTILINE)
+_CONNECT = timedelta(seconds=30)
 _DEVICE_LOCK = threading.Lock()
 
 
@@ -31,26 +33,28 @@ class GlooTransport:
 
     host_synchronous = True
 
-    def __init__(self, identity: GroupIdentity, store: dist.Store) -> None:
+    def __init__(self, identity: GroupIdentity, store: Store) -> None:
         self.backend_type = dist.ProcessGroup.BackendType.GLOO
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's stub
         devices, self._epolls = _create_devices()
         options._devices = devices
         options._threads = 2 * len(devices)
-        options._timeout = identity.timeout
+        # All members are at this place already (rendezvous), so connecting may not take as long as an operation may.
+        options._timeout = min(identity.timeout, _CONNECT)
         options.global_ranks_in_group = [int(rank) for rank in identity.ranks]
         options.group_name = str(identity.key)
         self._lock = threading.Lock()
         self.backend: Any = dist.ProcessGroupGloo(store, identity.rank, identity.size, options)
+        self.backend._set_default_timeout(identity.timeout)
         self.backend._set_sequence_number_for_group()
 
     def connect(self) -> None:
         """Gloo connects everybody when it is created."""
 
-    def wait(self, work: Any, timeout: timedelta | None) -> None:
+    def wait(self, work: dist.Work, timeout: timedelta | None) -> None:
         work.wait() if timeout is None else work.wait(timeout)
 
-    def finish(self, work: Any) -> None:
+    def finish(self, work: dist.Work) -> None:
         work.wait()
 
     def sever(self) -> None:
@@ -74,8 +78,8 @@ class GlooTransport:
         threading.Thread(target=backend.clear, name="flashrecovery-close").start()
 
 
-def _create_devices() -> tuple[list[object], tuple[int, ...]]:
-    """One device per interface that ``GLOO_SOCKET_IFNAME`` names, as torch would make them, with their epoll descriptors."""
+def _create_devices() -> tuple[list[dist.ProcessGroupGloo.Device], tuple[int, ...]]:
+    """One device per interface of ``GLOO_SOCKET_IFNAME``, as torch would make them, with their epoll descriptors."""
     make = dist.ProcessGroupGloo
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     devices, epolls = [], []

@@ -1,32 +1,32 @@
 """The stable handle that frameworks hold: a ``ProcessGroup`` whose communicator can be replaced under it.
 
-Frameworks keep process groups in hundreds of places, so references are never hunted: the handle stays, and every operation
-goes to the communicator of the moment. Each operation takes the same road: ask the session, count, issue, wait, report; if
-it fails, ask again. Operations that C++ dispatches by a group's *name* (``torch.ops._c10d_functional``) reach the handle
-too, because it is registered under that name; a failure inside a compiled graph is not parked.
+Frameworks keep process groups in hundreds of places, so references are never hunted: the handle stays, and every
+operation goes to the communicator of the moment. Each operation takes the same road: ask the session, count, issue,
+wait, report; if it fails, ask again. Operations that C++ dispatches by a group's *name*
+(``torch.ops._c10d_functional``) reach the handle too, because it is registered under that name; a failure inside a
+compiled graph is not parked.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FakeProcessGroup
 
-from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity
+from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, Severed
+from megatron_flashrecovery.comm.delegation import generate, put_on_face
 from megatron_flashrecovery.comm.ledger import Ledger
-from megatron_flashrecovery.comm.operation import COLLECTIVES, POINT_TO_POINT, QUERIES, REFUSED, Call, read_call
+from megatron_flashrecovery.comm.operation import POINT_TO_POINT, Call, read_call
 from megatron_flashrecovery.comm.parking import Answer, Parking
 from megatron_flashrecovery.comm.pending import AnsweredWork, PendingWork
 from megatron_flashrecovery.comm.recording import Recorder, Replay
 from megatron_flashrecovery.comm.tensor_bytes import fill, payload_of
+from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.errors import ConfigError
-from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.core.messages import Spot
 
 
@@ -35,16 +35,7 @@ class NotRepeatable(RuntimeError):
 
 
 class NotConnected(RuntimeError):
-    """The rank is still joining: its groups have no communicator yet."""
-
-
-class SmallRoad(Protocol):
-    """Another way for small operations of a group that is too large to be rebuilt flat (the tree)."""
-
-    severed: str | None
-
-    def carries(self, call: Call) -> bool: ...
-    def run(self, call: Call) -> None: ...
+    """The rank is still joining and its groups have no communicator yet, or the group was destroyed."""
 
 
 class FlashGroup(dist.ProcessGroup):
@@ -57,14 +48,17 @@ class FlashGroup(dist.ProcessGroup):
         whereabouts: Whereabouts,
         make: Callable[[FlashGroup], Communicator],
     ) -> None:
-        super().__init__(identity.rank, identity.size)
+        super().__init__(identity.rank, identity.size)  # type: ignore[call-arg]  # torch's stub lacks this one
         self.identity = identity
-        _put_on_face(self, identity)
+        put_on_face(self, identity.size, identity.rank, identity.backends)
         self.ledger = Ledger()
         self.communicator: Communicator | None = None
-        self.small_road: SmallRoad | None = None
+        self.tree: Tree | None = None
+        self.severed: str | None = None
+        """Why, for whoever is making a communicator at this moment; taken back when the group is rebuilt."""
         self.replay: Replay | None = None
         self.recorder: Recorder | None = None
+        self.destroyed = False
         self._parking = parking
         self._whereabouts = whereabouts
         self._make = make
@@ -98,18 +92,31 @@ class FlashGroup(dist.ProcessGroup):
         """The communicator, created now if this group makes it lazily."""
         communicator = self.communicator
         if communicator is None:
-            if self.replay is not None:
-                raise NotConnected(f"group {self.identity.key} has no communicator while its rank is joining")
+            if self.replay is not None or self.destroyed:
+                state = "was destroyed" if self.destroyed else "has no communicator while its rank is joining"
+                raise NotConnected(f"group {self.identity.key} {state}")
             communicator = self.communicator = self._make(self)
         return communicator
 
     def abort(self) -> None:
-        """What a framework may ask for at its end; the registry severs through the communicator instead."""
+        """What a framework may ask for at its end; the registry severs instead."""
+        self.destroyed = True
         self.disconnect()
 
     def shutdown(self) -> None:
-        """The framework destroys the group."""
+        """The framework destroys the group: it is not rebuilt, counted or severed any more."""
+        self.destroyed = True
         self.disconnect(gently=True)
+        if self.tree is not None:
+            self.tree.close()
+
+    def sever(self, reason: str) -> Communicator | None:
+        """From any thread. Returns the communicator that is to be severed, together with others."""
+        self.ledger.mark_broken(reason)
+        self.severed = reason
+        if self.tree is not None:
+            self.tree.sever(reason)
+        return self.communicator
 
     def disconnect(self, gently: bool = False) -> None:
         """Close the communicator, on the main thread."""
@@ -134,9 +141,9 @@ class FlashGroup(dist.ProcessGroup):
     def _start_coalescing(self, device: torch.device) -> None:
         self._batch = []
 
-    def _end_coalescing(self, device: torch.device) -> dist.Work | None:
+    def _end_coalescing(self, device: torch.device) -> dist.Work:
         calls, self._batch = self._batch, None
-        return self.start(calls, device) if calls else None
+        return self.start(calls, device) if calls else AnsweredWork([])
 
     def start(self, calls: Sequence[Call], device: torch.device | None = None) -> dist.Work:
         """Issue one call, or a batch on ``device``."""
@@ -147,51 +154,40 @@ class FlashGroup(dist.ProcessGroup):
         verdict = self._parking.before(spot)
         if type(verdict) is Answer:
             return _answered(calls, verdict)
-        call = calls[0]
-        small = call.small and len(calls) == 1
-        kept = [payload_of(tensor) for tensor in call.inputs] if small else None
-        slots = [self.recorder.issued(each) for each in calls] if self.recorder is not None else ()
-        pending: PendingWork | None = None
-        while True:
-            try:
-                pending = self._issue(calls, spot, device, pending)
-                break
-            except RuntimeError as error:
-                verdict = self._ask_again(calls, spot, error, kept is not None)
-                if type(verdict) is Answer:
-                    return _answered(calls, verdict)
-                _put_back(call, kept)
-        pending.slots, pending.kept, pending.device = slots, kept, device
-        if small:
+        pending = PendingWork(self, calls, spot, device)
+        if calls[0].small and len(calls) == 1:
+            pending.kept = [payload_of(tensor) for tensor in calls[0].inputs]
+        if self.recorder is not None:
+            pending.slots = [self.recorder.issued(call) for call in calls]
+        if not self._issue_until_issued(pending):
+            return pending
+        if pending.kept is not None:
             # What an update depends on is known on the host before the update may begin.
             self.finish(pending, None, host=True)
         return pending
 
     def finish(self, pending: PendingWork, timeout: timedelta | None, host: bool = False) -> None:
         """Wait for a work, through failures and retries, until it is over or ``Interrupted`` unwinds."""
-        calls, spot = pending.calls, pending.spot
+        if pending.discarded:
+            raise Severed(f"{pending.spot.operation} of {pending.spot.group} was discarded by a recovery")
+        host = host or self.recorder is not None  # what is recorded must have been computed
         while True:
-            self._whereabouts.enter(spot)
+            self._whereabouts.enter(pending.spot)
             try:
                 complete = pending.await_attempt(timeout, host)
+                break
             except RuntimeError as error:
+                failure = error.with_traceback(None)  # its frames hold the communicator that is to be freed
+            finally:
                 self._whereabouts.leave()
-                self.ledger.fail(pending.entry, str(error).partition("\n")[0])
-                pending.abandon()
-                verdict = self._ask_again(calls, spot, error.with_traceback(None), pending.kept is not None)
-                if type(verdict) is Answer:
-                    _answered(calls, verdict)
-                    pending.settle()
-                    pending.reported = True
-                    return
-                _put_back(calls[0], pending.kept)
-                self._issue(calls, spot, pending.device, pending)
-                continue
-            except BaseException:
-                self._whereabouts.leave()
-                raise
-            self._whereabouts.leave()
-            break
+            reason = _first_line(failure)
+            self.ledger.fail(pending.entry, reason)
+            # Only who talks to the lost member sees that it is gone. Passing it on frees the others, one after the
+            # other but within milliseconds, before anybody is told that there is a loss.
+            pending.sever(reason)
+            pending.abandon()
+            if self._is_answered(pending, failure) or not self._issue_until_issued(pending):
+                return
         if complete:
             self._report(pending)
 
@@ -206,39 +202,51 @@ class FlashGroup(dist.ProcessGroup):
         told = [payload_of(tensor) for tensor in pending.calls[0].outputs] if pending.kept is not None else None
         self._parking.completed(pending.spot, told)
 
-    def _issue(
-        self, calls: Sequence[Call], spot: Spot, device: torch.device | None, again: PendingWork | None
-    ) -> PendingWork:
-        communicator = self.live()
+    def _issue_until_issued(self, pending: PendingWork) -> bool:
+        """False if the operation was answered instead."""
+        while True:
+            try:
+                self._issue(pending)
+                return True
+            except RuntimeError as error:
+                failure = error.with_traceback(None)
+            if self._is_answered(pending, failure):
+                return False
+
+    def _issue(self, pending: PendingWork) -> None:
+        calls, spot = pending.calls, pending.spot
         if spot.number:
             entry = self.ledger.issue(calls[0].signature if len(calls) == 1 else tuple(c.signature for c in calls))
         else:
             entry = self.ledger.issue_pairs(spot.sends_to, spot.receives_from)
         self._whereabouts.enter(spot)
         try:
-            works = _issue_on(communicator, calls, device)
-        except RuntimeError as error:
-            self.ledger.fail(entry, str(error).partition("\n")[0])
+            tree = self.tree
+            carrier = tree if tree is not None and len(calls) == 1 and tree.carries(calls[0]) else self.live()
+            pending.begin(carrier, entry, carrier.issue(calls, pending.device))
+        except (RuntimeError, ValueError, TypeError) as error:
+            self.ledger.fail(entry, _first_line(error))
             raise
         finally:
             self._whereabouts.leave()
-        if again is None:
-            again = PendingWork(self, calls, spot, entry, communicator, works)
-        else:
-            again.renew(communicator, entry, works)
-        self.ledger.watch(entry, again)
-        return again
+        self.ledger.watch(entry, pending)
 
-    def _ask_again(self, calls: Sequence[Call], spot: Spot, error: RuntimeError, intact: bool) -> Any:
-        verdict = self._parking.failed(spot, error)
-        if type(verdict) is not Answer and not intact:
-            for call in calls:
-                reason = call.why_not_again()
-                if reason is not None:
-                    raise NotRepeatable(
-                        f"{call.name} of group {self.identity.key} cannot be retried: {reason}"
-                    ) from error
-        return verdict
+    def _is_answered(self, pending: PendingWork, error: RuntimeError) -> bool:
+        """Ask the session what now. False: issue it again, the inputs are as they were."""
+        verdict = self._parking.failed(pending.spot, error)
+        if type(verdict) is Answer:
+            _answered(pending.calls, verdict)
+            pending.answered()
+            return True
+        if pending.kept is not None:
+            for tensor, payload in zip(pending.calls[0].inputs, pending.kept, strict=True):
+                fill(tensor, payload)
+            return False
+        for call in pending.calls:
+            reason = call.why_not_again()
+            if reason is not None:
+                raise NotRepeatable(f"{call.name} of group {self.identity.key} cannot be retried: {reason}") from error
+        return False
 
     def _spot(self, calls: Sequence[Call]) -> Spot:
         key = self.identity.key
@@ -253,31 +261,6 @@ class FlashGroup(dist.ProcessGroup):
         return Spot(key, "coalesced", self.ledger.issued + 1)
 
 
-def _put_on_face(group: FlashGroup, identity: GroupIdentity) -> None:
-    """Give C++ backends to ask for names and the default type (DDP and functional collectives do). They cannot be the live ones, because
-    a registered backend cannot be replaced. No operation reaches them; the conformance suite would see it."""
-    make = getattr(FakeProcessGroup, "_create_internal", FakeProcessGroup)
-    faces = {name: make(identity.rank, identity.size) for _, name in identity.backends}
-    for device, name in identity.backends:
-        backend_type = dist.Backend.backend_type_map[name]
-        dist.ProcessGroup._register_backend(group, torch.device(device), backend_type, faces[name])
-    default = "nccl" if "nccl" in faces else identity.backends[0][1]
-    dist.ProcessGroup._set_default_backend(group, dist.Backend.backend_type_map[default])
-
-
-def _issue_on(communicator: Communicator, calls: Sequence[Call], device: torch.device | None) -> Sequence[Any]:
-    inner = communicator.inner
-    if device is None or len(calls) == 1:
-        return [call.issue(inner) for call in calls]
-    if not inner._get_backend(device).supports_coalescing:
-        return [call.issue(inner) for call in calls]
-    # Group start, all operations, group end: single sends and receives can deadlock 1F1B on NCCL with nobody failing.
-    inner._start_coalescing(device)
-    for call in calls:
-        call.issue(inner)
-    return [inner._end_coalescing(device)]
-
-
 def _outputs(calls: Sequence[Call]) -> list[torch.Tensor]:
     return [tensor for call in calls for tensor in call.outputs]
 
@@ -289,43 +272,8 @@ def _answered(calls: Sequence[Call], answer: Answer) -> AnsweredWork:
     return AnsweredWork(outputs)
 
 
-def _put_back(call: Call, kept: Sequence[bytes] | None) -> None:
-    if kept is not None:
-        for tensor, payload in zip(call.inputs, kept, strict=True):
-            fill(tensor, payload)
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
-def _operation(name: str) -> Callable[..., dist.Work | None]:
-    def operation(self: FlashGroup, *args: Any, **kwargs: Any) -> dist.Work | None:
-        return self.run(name, args, kwargs)
-
-    operation.__name__ = operation.__qualname__ = name
-    return operation
-
-
-def _query(name: str) -> Callable[..., Any]:
-    def query(self: FlashGroup, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.live().inner, name)(*args, **kwargs)
-
-    query.__name__ = query.__qualname__ = name
-    return query
-
-
-def _refusal(name: str) -> Callable[..., Any]:
-    def refuse(self: FlashGroup, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigError(f"{name} ties groups to a communicator that recovery replaces: use new_group instead")
-
-    refuse.__name__ = refuse.__qualname__ = name
-    return refuse
-
-
-def _generate(names: frozenset[str], make: Callable[[str], Callable[..., Any]]) -> None:
-    """Only what the installed torch has: older ones lack some names, newer ones bring others (see ``unclassified``)."""
-    for name in names:
-        if hasattr(dist.ProcessGroup, name) and name not in FlashGroup.__dict__:
-            setattr(FlashGroup, name, make(name))
-
-
-_generate(COLLECTIVES | POINT_TO_POINT, _operation)
-_generate(QUERIES, _query)
-_generate(REFUSED, _refusal)
+generate(FlashGroup)

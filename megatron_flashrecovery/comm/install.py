@@ -1,9 +1,9 @@
 """Makes every group that a process creates a stable handle, by c10d's own bookkeeping.
 
-All of ``init_process_group``, ``new_group``, ``new_subgroups*`` and device meshes end in one function of c10d, which can be
-told to use a backend that somebody registered. We register one whose "backend" is the handle, and ask for it there; names,
-tags and rank mappings stay c10d's business. What c10d then says about the group (``get_backend``) is put right to the
-backend inside.
+All of ``init_process_group``, ``new_group``, ``new_subgroups*`` and device meshes end in one function of c10d, which
+can be told to use a backend that somebody registered. We register one whose "backend" is the handle, and ask for it
+there; names, tags and rank mappings stay c10d's business. What c10d then says about the group (``get_backend``) is put
+right to the backend inside.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import Store
 
 from megatron_flashrecovery.comm.handle import FlashGroup
 from megatron_flashrecovery.core.errors import ConfigError, SeamChanged
@@ -40,11 +41,12 @@ class GroupRequest:
 
 
 class GroupMaker(Protocol):
-    joining: bool
     rank: Rank
     world_size: int
 
-    def bookkeeping_store(self) -> dist.Store: ...
+    @property
+    def joining(self) -> bool: ...
+    def bookkeeping_store(self) -> Store: ...
     def create(self, request: GroupRequest) -> FlashGroup: ...
 
 
@@ -94,12 +96,12 @@ class Installation:
                 self._undo.append((module, name, original))
                 setattr(module, name, replacement)
 
-    def _create(self, _options: Any, _backend_options: Any) -> FlashGroup:
+    def _create(self, _options: object, _backend_options: object) -> FlashGroup:
         request, self._request = self._request, None
         assert request is not None, "only our own helper asks for this backend"
         return self._maker.create(request)
 
-    def _init_process_group(self, *args: Any, **kwargs: Any) -> None:
+    def _init_process_group(self, *args: object, **kwargs: object) -> None:
         original = self._original["init_process_group"]
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
         for name, ours in (("rank", self._maker.rank), ("world_size", self._maker.world_size)):
@@ -111,7 +113,7 @@ class Installation:
         arguments["world_size"] = self._maker.world_size
         original(**arguments)
 
-    def _new_process_group_helper(self, *args: Any, **kwargs: Any) -> Any:
+    def _new_process_group_helper(self, *args: object, **kwargs: object) -> tuple[dist.ProcessGroup, Store | None]:
         original = self._original["_new_process_group_helper"]
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
         backend = dist.Backend(arguments["backend"])
@@ -137,7 +139,7 @@ class Installation:
             c10d._world.pg_backend_config[group] = str(config)
         return group, store
 
-    def _store_based_barrier(self, *args: Any, **kwargs: Any) -> None:
+    def _store_based_barrier(self, *args: object, **kwargs: object) -> None:
         if not self._maker.joining:
             self._original["_store_based_barrier"](*args, **kwargs)
 
@@ -152,12 +154,11 @@ class Installation:
             tensor = torch.view_as_real(op.tensor) if op.tensor.is_complex() else op.tensor
             (group.send if op.op is dist.isend else group.recv)([tensor], op.group_peer, op.tag)
         work = group._end_coalescing(p2p_op_list[0].tensor.device)
-        assert work is not None
         # As many as torch returns without coalescing, for callers that pair them with their operations.
         return [work] * (1 if group.coalesces(p2p_op_list[0].tensor.device) else len(p2p_op_list))
 
 
-def _no_split_source(_pg: Any) -> None:
+def _no_split_source(_pg: object) -> None:
     """A communicator split from another one shares its fate; ours are replaced one by one."""
 
 
@@ -165,16 +166,16 @@ def _split_group(
     parent_pg: dist.ProcessGroup | None = None,
     split_ranks: list[list[int]] | None = None,
     timeout: timedelta | None = None,
-    pg_options: Any = None,
+    pg_options: object = None,
     group_desc: str | None = None,
-    backend: Any = None,
+    backend: str | None = None,
 ) -> dist.ProcessGroup | None:
     """As torch's, but each part gets a communicator of its own instead of a part of the parent's."""
     parent = dist.get_process_group_ranks(parent_pg or c10d._get_default_group())
     for part in split_ranks or []:
         ranks = sorted(parent[position] for position in part)
         if dist.get_rank() in ranks:
-            return dist.new_group(
+            part_group: dist.ProcessGroup = dist.new_group(
                 ranks,
                 timeout=timeout,
                 backend=backend or dist.get_backend(parent_pg),
@@ -182,10 +183,11 @@ def _split_group(
                 use_local_synchronization=True,
                 group_desc=group_desc,
             )
+            return part_group
     if not split_ranks:
         raise ValueError("split_ranks cannot be None or empty")
     return None
 
 
-def _refuse_shrink(*_args: Any, **_kwargs: Any) -> Any:
+def _refuse_shrink(*_args: object, **_kwargs: object) -> None:
     raise ConfigError("shrink_group gives up ranks, flash recovery replaces them: use one of the two")

@@ -1,8 +1,9 @@
 """NCCL as a transport that can be severed: abort as one batch, and never believe an operation that an abort ended.
 
-The host runs ahead of the device, and an aborted operation completes on its stream with garbage. Therefore an operation is
-complete only if the device event behind it completed while no abort had begun; and aborts run on a thread of their own,
-because ``ncclCommAbort`` may wait for a kernel that waits for another communicator (NVIDIA/nccl#1013, pytorch#119797).
+The host runs ahead of the device, and an aborted operation completes on its stream with garbage. Therefore an operation
+is complete only if the device event behind it completed while no abort had begun; and aborts run on a thread of their
+own, because ``ncclCommAbort`` may wait for a kernel that waits for another communicator (NVIDIA/nccl#1013,
+pytorch#119797).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import Store
 
 from megatron_flashrecovery.comm.communicator import TRANSPORTS, GroupIdentity, Severed
 from megatron_flashrecovery.core.errors import ConfigError
@@ -64,7 +67,7 @@ class NcclTransport:
 
     host_synchronous = False
 
-    def __init__(self, identity: GroupIdentity, store: dist.Store) -> None:
+    def __init__(self, identity: GroupIdentity, store: Store) -> None:
         if not dist.is_nccl_available():
             raise ConfigError("this torch has no NCCL: use --distributed-backend gloo, or a build for CUDA")
         self.backend_type = dist.ProcessGroup.BackendType.NCCL
@@ -75,16 +78,17 @@ class NcclTransport:
         self.backend._set_sequence_number_for_group()
 
     def connect(self) -> None:
-        # Eagerly, or the first to come would set it up while others are still restoring: a hang that looks like a fault.
+        # Eagerly, or the first to come would set it up while others are still restoring: a hang that looks like a
+        # fault.
         device = self._device or torch.device("cuda", torch.cuda.current_device())
         self.backend.eager_connect_single_device(device)
 
-    def wait(self, work: Any, timeout: timedelta | None) -> None:
+    def wait(self, work: dist.Work, timeout: timedelta | None) -> None:
         work.wait() if timeout is None else work.wait(timeout)
 
-    def finish(self, work: Any) -> None:
+    def finish(self, work: dist.Work) -> None:
         work.wait()
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         event.synchronize()
         if self._aborting.is_set():
@@ -137,7 +141,7 @@ def _abort(transports: Sequence[NcclTransport]) -> None:
             transport._aborted.set()
 
 
-def _options(identity: GroupIdentity) -> Any:
+def _options(identity: GroupIdentity) -> dist.ProcessGroupNCCL.Options:
     """A copy of the user's, so that a later communicator starts from the same."""
     options = dist.ProcessGroupNCCL.Options()
     if identity.options is not None:
@@ -145,7 +149,7 @@ def _options(identity: GroupIdentity) -> Any:
         options.config = copy.copy(identity.options.config)
     options._timeout = identity.timeout
     options.global_ranks_in_group = [int(rank) for rank in identity.ranks]
-    options.group_name = str(identity.key)
+    options.group_name = c10d.GroupName(identity.key)
     return options
 
 

@@ -48,6 +48,19 @@ class Call:
         self.small = False
 
     @property
+    def asynchronous(self) -> bool:
+        return bool(getattr(self._options, "asyncOp", False))
+
+    @property
+    def reduce_op(self) -> object:
+        found = getattr(self._options, "reduceOp", None)
+        return found if found is not None else self.kwargs.get("op", dist.ReduceOp.SUM)
+
+    @property
+    def _options(self) -> object:
+        return self.kwargs.get("opts", self.args[-1] if self.args else None)
+
+    @property
     def sends(self) -> bool:
         return self.name == "send"
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from megatron_flashrecovery.comm.communicator import Communicator, Severed
+from megatron_flashrecovery.comm.communicator import Communicator, Severed, sever_together
 from megatron_flashrecovery.comm.ledger import Entry
 from megatron_flashrecovery.comm.operation import POINT_TO_POINT, Call
+from megatron_flashrecovery.comm.recording import Slot
+from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.core.messages import Spot
 
 if TYPE_CHECKING:
@@ -22,42 +24,53 @@ if TYPE_CHECKING:
 class PendingWork(dist.Work):
     """One or several issued operations (a batch is one). Waiting twice is allowed, from any thread."""
 
-    def __init__(
-        self, group: FlashGroup, calls: Sequence[Call], spot: Spot, entry: Entry, communicator: Communicator, works: Any
-    ) -> None:
+    def __init__(self, group: FlashGroup, calls: Sequence[Call], spot: Spot, device: torch.device | None) -> None:
         super().__init__()
         self.calls = calls
         self.spot = spot
-        self.entry = entry
-        self.slots: Sequence[Any] = ()
+        self.device = device
+        self.entry: Entry
+        self.slots: Sequence[Slot] = ()
         self.kept: Sequence[bytes] | None = None
-        self.device: torch.device | None = None
         self.source = -1
+        self.reported = False
         self._group = group
-        self._communicator: Communicator | None = communicator
-        self._works: Sequence[Any] = works
+        self._carrier: Communicator | Tree | None = None
+        self._works: Sequence[dist.Work | None] = ()
         self._error: Exception | None = None
         self._done = False
-        self.reported = False
         self._waiter: threading.Thread | None = None
         # Waiting twice for a gloo point-to-point work blocks for ever: the second waits for a second message.
         self._lock = threading.Lock()
 
+    def begin(self, carrier: Communicator | Tree, entry: Entry, works: Sequence[dist.Work | None]) -> None:
+        """An attempt: the operation is now under way on this carrier."""
+        self._carrier = carrier
+        self._works = works
+        self.entry = entry
+
     def wait(self, timeout: timedelta | None = None) -> bool:
+        """Raises ``Severed`` for a work that a recovery discarded: its outputs are nobody's."""
         if not self.reported:
             self._group.finish(self, timeout)
         return True
+
+    @property
+    def discarded(self) -> bool:
+        """A recovery unwound the call that issued it, or replaced the communicator under it."""
+        return not self._done and (self._carrier is None or self._carrier.closed)
 
     def await_attempt(self, timeout: timedelta | None, host: bool) -> bool:
         """Wait for the attempt as it is now; raises what the communicator raised, or ``Severed``. Returns whether the
         operation is known to be complete on the device (``host`` insists on it)."""
         with self._lock:
-            communicator = self._communicator
+            carrier = self._carrier
             if self._error is not None:
                 raise self._error
-            if self._done or communicator is None:
+            if self._done:
                 return True
-            transport = communicator.transport(self.calls[0].outputs or self.calls[0].inputs)
+            assert carrier is not None, "asked only for works that are not discarded"
+            transport = carrier.transport(self.calls[0].outputs or self.calls[0].inputs)
             for work in self._works:
                 if work is None:
                     continue  # the backend has finished it already
@@ -65,10 +78,10 @@ class PendingWork(dist.Work):
                     transport.finish(work)
                 else:
                     transport.wait(work, timeout)
-            if communicator.severed is not None:
+            if carrier.severed is not None:
                 # An aborted NCCL operation "completes" on its stream: aborted is not completed.
                 transport.settle()
-                raise Severed(communicator.severed)
+                raise Severed(carrier.severed)
             complete = host or transport.host_synchronous
             if complete:
                 self.settle()
@@ -76,35 +89,37 @@ class PendingWork(dist.Work):
 
     def settle(self) -> None:
         """It is over: let go of the communicator, so that it can be freed."""
-        if self._works and self.calls[0].name == "recv_anysource" and self._error is None:
-            self.source = int(self._works[0]._source_rank())
+        first = self._works[0] if self._works else None
+        if first is not None and self.calls[0].name == "recv_anysource" and self._error is None:
+            self.source = first._source_rank()
         self._done = True
-        self._communicator = None
+        self._carrier = None
         self._works = ()
+
+    def sever(self, reason: str) -> None:
+        if isinstance(self._carrier, Communicator):
+            sever_together([self._carrier], reason)
 
     def abandon(self) -> None:
         """The attempt failed. What it holds of its communicator goes now, not with the next garbage collection."""
-        self._communicator = None
+        self._carrier = None
         self._works = ()
         self._error = None
 
-    def renew(self, communicator: Communicator, entry: Entry, works: Sequence[Any]) -> None:
-        """A retry: the same work object now stands for the operation on another communicator."""
-        self._communicator = communicator
-        self._works = works
-        self.entry = entry
+    def answered(self) -> None:
+        self._done = self.reported = True
 
     def poll(self) -> None:
         if not self._lock.acquire(blocking=False):
             return  # somebody is waiting for it at this moment
         try:
-            communicator = self._communicator
-            if self._done or communicator is None or self._error is not None:
+            carrier = self._carrier
+            if self._done or carrier is None or self._error is not None:
                 return
             if any(work is not None and not work.is_completed() for work in self._works):
                 return
-            if communicator.severed is not None:
-                self._fail(Severed(communicator.severed))
+            if carrier.severed is not None:
+                self._fail(Severed(carrier.severed))
             elif all(work is None or work.is_success() for work in self._works):
                 self._group.ledger.complete(self.entry)
             else:
@@ -114,8 +129,8 @@ class PendingWork(dist.Work):
 
     def drain(self) -> None:
         """Gloo's point-to-point works never say that they are complete unless somebody waits, so a thread does."""
-        communicator = self._communicator
-        if communicator is None or not communicator.default.host_synchronous or self._waiter is not None:
+        carrier = self._carrier
+        if carrier is None or not carrier.default.host_synchronous or self._waiter is not None:
             return
         if self.calls[0].name in POINT_TO_POINT and self._error is None:
             self._waiter = threading.Thread(target=self._wait_quietly, name="flashrecovery-drain", daemon=True)
@@ -138,7 +153,7 @@ class PendingWork(dist.Work):
     def is_success(self) -> bool:
         return self._done or all(work is None or work.is_success() for work in self._works)
 
-    def exception(self) -> Any:
+    def exception(self) -> object:
         return None if self._done else next((work.exception() for work in self._works if work is not None), None)
 
     def synchronize(self) -> None:
@@ -146,17 +161,19 @@ class PendingWork(dist.Work):
 
     def block_current_stream(self) -> None:
         for work in self._works:
-            work.block_current_stream()
+            if work is not None:
+                work.block_current_stream()
 
     def result(self) -> list[torch.Tensor]:
         return [tensor for call in self.calls for tensor in call.outputs]
 
     def source_rank(self) -> int:
-        return int(self._works[0]._source_rank()) if self._works else self.source
+        first = self._works[0] if self._works else None
+        return first._source_rank() if first is not None else self.source
 
     _source_rank = source_rank
 
-    def get_future(self) -> Any:
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
         """The communicator's own future: who waits on it instead of on the work is not parked when it fails."""
         if self._works and self._works[0] is not None and not self._done:
             return self._works[0].get_future()
@@ -197,11 +214,11 @@ class AnsweredWork(dist.Work):
 
     _source_rank = source_rank
 
-    def get_future(self) -> Any:
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
         return _finished_future(self._outputs)
 
 
-def _finished_future(value: list[torch.Tensor]) -> Any:
-    future: Any = torch.futures.Future()
+def _finished_future(value: list[torch.Tensor]) -> torch.futures.Future[list[torch.Tensor]]:
+    future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
     future.set_result(value)
     return future

@@ -16,7 +16,7 @@ from megatron_flashrecovery.core.ids import GroupKey, Rank
 _INTERNAL = ("torch", "megatron_flashrecovery.comm", "contextlib")
 
 
-class _Slot:
+class Slot:
     """An operation keeps its place in the order of issue, however late it completes."""
 
     __slots__ = ("answer", "outputs")
@@ -30,14 +30,14 @@ class Recorder:
     """One per group, while its rank starts."""
 
     def __init__(self) -> None:
-        self._slots: list[_Slot] = []
+        self._slots: list[Slot] = []
 
-    def issued(self, call: Call) -> _Slot:
-        slot = _Slot(_ask(call), call.outputs)
+    def issued(self, call: Call) -> Slot:
+        slot = Slot(_ask(call), call.outputs)
         self._slots.append(slot)
         return slot
 
-    def completed(self, slot: _Slot, source: int = -1) -> None:
+    def completed(self, slot: Slot, source: int = -1) -> None:
         if slot.outputs is not None:
             slot.answer = _with_payloads(slot.answer, slot.outputs, source)
             slot.outputs = None

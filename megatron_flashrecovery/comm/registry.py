@@ -1,4 +1,4 @@
-"""All groups of this process: made, counted, severed and rebuilt here, in the order in which the framework made them."""
+"""All groups of this process: made, counted, severed and rebuilt in the order in which the framework made them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
-import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, sever_together
 from megatron_flashrecovery.comm.gloo_communicator import GlooTransport
@@ -17,7 +17,9 @@ from megatron_flashrecovery.comm.install import GroupRequest, Installation
 from megatron_flashrecovery.comm.nccl_communicator import NcclTransport
 from megatron_flashrecovery.comm.parking import Parking
 from megatron_flashrecovery.comm.recording import Recorder, Replay
+from megatron_flashrecovery.comm.rendezvous import meet
 from megatron_flashrecovery.comm.startup_record import StartupRecord
+from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank
 from megatron_flashrecovery.core.messages import GroupCount, Spot
@@ -34,7 +36,7 @@ class GroupRegistry:
         *,
         rank: Rank,
         world_size: int,
-        store: dist.Store,
+        store: Store,
         parking: Parking,
         epoch: Epoch,
         timeout: timedelta,
@@ -70,44 +72,45 @@ class GroupRegistry:
 
     @property
     def groups(self) -> Mapping[GroupKey, FlashGroup]:
-        """In the order of creation, which is the same on all members."""
-        return self._groups
+        """In the order of creation, which is the same on all members. Destroyed ones are not among them."""
+        return self._alive()
 
     def members(self, key: GroupKey) -> tuple[Rank, ...]:
         return self._groups[key].identity.ranks
 
     def groups_with(self, ranks: Iterable[Rank]) -> list[GroupKey]:
         wanted = set(ranks)
-        return [key for key, group in self._groups.items() if not wanted.isdisjoint(group.identity.ranks)]
+        return [key for key, group in self._alive().items() if not wanted.isdisjoint(group.identity.ranks)]
 
     def counts(self) -> dict[GroupKey, GroupCount]:
         """From any thread. Looks first whether outstanding operations are over."""
-        for group in list(self._groups.values()):
+        alive = self._alive()
+        for group in alive.values():
             group.ledger.refresh()
             group.ledger.drain()
-        return {key: group.ledger.count() for key, group in list(self._groups.items())}
+        return {key: group.ledger.count() for key, group in alive.items()}
 
     def standing(self) -> tuple[Spot, float] | None:
         """The operation inside which a thread is blocked right now, and since when on the monotonic clock."""
         return self._whereabouts.standing()
 
     def outstanding(self) -> bool:
-        return any(group.ledger.has_outstanding for group in list(self._groups.values()))
+        return any(group.ledger.has_outstanding for group in self._alive().values())
 
     def sever(self, keys: Iterable[GroupKey], reason: str) -> None:
         """From any thread; does not block. Everybody inside these groups fails at once, remote members included."""
         groups = [self._groups[key] for key in keys if key in self._groups]
-        for group in groups:
-            group.ledger.mark_broken(reason)
-        sever_together([each for group in groups if (each := group.communicator) is not None], reason)
+        communicators = [group.sever(reason) for group in groups if not group.destroyed]
+        sever_together([each for each in communicators if each is not None], reason)
 
     def rebuild(self, keys: Iterable[GroupKey], epoch: Epoch) -> None:
         """On the main thread of every member, for the same groups: new communicators under the prefix of ``epoch``."""
         self._epoch = epoch
         wanted = set(keys)
-        chosen = [group for key, group in self._groups.items() if key in wanted]
+        chosen = [group for key, group in self._alive().items() if key in wanted]
         # All are closed before any is made, so that nobody waits for a member that is still stuck in an old one.
         for group in chosen:
+            group.severed = None
             group.disconnect()
             group.ledger.reset()
         for group in chosen:
@@ -117,13 +120,13 @@ class GroupRegistry:
         """A replacement takes its seat: every group gets its communicator, and records are replayed no longer."""
         self._epoch = epoch
         self._record = None
-        for group in self._groups.values():
+        for group in self._alive().values():
             group.replay = None
             if c10d._world.pg_map.get(group) is not None:
                 backend, _ = c10d._world.pg_map[group]
                 prefix = f"{c10d._world.pg_names[group]}/"
-                c10d._world.pg_map[group] = (backend, dist.PrefixStore(prefix, self.bookkeeping_store()))
-        for group in self._groups.values():
+                c10d._world.pg_map[group] = (backend, PrefixStore(prefix, self.bookkeeping_store()))
+        for group in self._alive().values():
             self._connect(group)
 
     def reset_counts(self, keys: Iterable[GroupKey] | None = None) -> None:
@@ -143,11 +146,11 @@ class GroupRegistry:
         for group in self._groups.values():
             group.recorder = None
 
-    def bookkeeping_store(self) -> dist.Store:
+    def bookkeeping_store(self) -> Store:
         """For c10d's own keys. A replacement must not count itself in where its predecessor has been counted."""
         if self._record is not None:
-            return dist.HashStore()
-        return dist.PrefixStore(f"{self._start_epoch}/c10d/default_pg", self._store)
+            return HashStore()
+        return PrefixStore(f"{self._start_epoch}/c10d/default_pg", self._store)
 
     def create(self, request: GroupRequest) -> FlashGroup:
         """Called by the installation for each group of which this rank is a member."""
@@ -158,7 +161,7 @@ class GroupRegistry:
             ranks=request.ranks,
             rank=request.rank,
             backends=request.backends,
-            timeout=min(request.timeout, self._timeout),
+            timeout=self._timeout,
             options=request.options,
             device=request.device,
         )
@@ -169,17 +172,34 @@ class GroupRegistry:
             return group
         if self._recording:
             group.recorder = Recorder()
+        if identity.size > self._tree_above:
+            group.tree = Tree(identity.rank, identity.size, self._timeout)
+            group.tree.relink(self._store_of(group), int(self._epoch))
+            return group
         group.communicator = self._make(group)
         if identity.device is not None:
             group.communicator.connect()
         return group
 
+    def _alive(self) -> dict[GroupKey, FlashGroup]:
+        return {key: group for key, group in self._groups.copy().items() if not group.destroyed}
+
     def _make(self, group: FlashGroup) -> Communicator:
-        return Communicator(group.identity, dist.PrefixStore(f"{self._epoch}/{group.identity.key}", self._store))
+        store = self._store_of(group)
+        meet(store, group.identity.size, lambda: group.severed, self._timeout)
+        return Communicator(group.identity, store)
 
     def _connect(self, group: FlashGroup) -> None:
+        """A job-sized group only gets its tree; its flat communicator is made when a large operation comes."""
+        if group.identity.size > self._tree_above:
+            group.tree = group.tree or Tree(group.identity.rank, group.identity.size, self._timeout)
+            group.tree.relink(self._store_of(group), int(self._epoch))
+            return
         group.communicator = self._make(group)
         group.communicator.connect()
+
+    def _store_of(self, group: FlashGroup) -> Store:
+        return PrefixStore(f"{self._epoch}/{group.identity.key}", self._store)
 
 
 def group_key(description: str, ranks: tuple[Rank, ...], number: int) -> GroupKey:

@@ -22,7 +22,7 @@ class StartupMismatch(JoinMismatch):
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """One operation and what it left in its output tensors. ``None``: too large, or not over when the record was taken."""
+    """One operation and what it left in its outputs. ``None``: too large, or not over when the record was taken."""
 
     operation: str
     root: int

@@ -17,7 +17,7 @@ def payload_of(tensor: torch.Tensor) -> bytes:
 
 
 def fill(tensor: torch.Tensor, payload: bytes) -> None:
-    """Write back what ``payload_of`` returned for a tensor of this shape and dtype. Another size is a ``ValueError``."""
+    """Write back what ``payload_of`` returned for a tensor of this size. Another size is a ``ValueError``."""
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes != len(payload):
         raise ValueError(

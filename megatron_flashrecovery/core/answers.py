@@ -25,11 +25,18 @@ def find_answers(census: Census, answered: Mapping[Rank, int]) -> dict[Rank, tup
         return found
     for rank in sorted(census.updating):
         report = census.reports[rank]
-        if report.step + 1 != census.newest or not _can_finish(report) or answered.get(rank) == len(report.told):
+        if report.step + 1 != census.newest or not _can_finish(report):
+            continue
+        if answered.get(rank) == known_results(report, census.newest):
             continue
         if (answer := _answer(census, report, census.newest)) is not None:
             found[rank] = answer
     return found
+
+
+def known_results(report: Report, step: Step) -> int:
+    """How many results of the update to ``step`` a rank has."""
+    return len(_results(report, step))
 
 
 def _can_finish(report: Report) -> bool:
@@ -38,9 +45,10 @@ def _can_finish(report: Report) -> bool:
 
 
 def _answer(census: Census, report: Report, step: Step) -> tuple[Told, ...] | None:
-    known = len(report.told)
+    own = _results(report, step)
+    known = len(own)
     for told, is_peer in _givers(census, report, step):
-        if told[:known] != report.told:
+        if told[:known] != own:
             continue
         rest = told[known:] if is_peer else told[known : known + 1]
         if rest or (report.update is not Update.APPLIED and len(told) == known):
@@ -52,19 +60,15 @@ def _givers(census: Census, report: Report, step: Step) -> Iterator[tuple[tuple[
     """The results of the update to ``step`` from those who applied it, data-parallel peers (true) first."""
     peers = census.seats.peers_of.get(report.rank, ())
     members = () if report.spot is None else census.seats.members_of.get(report.spot.group, ())
-    for rank in peers:
-        if (told := _results(census.reports.get(rank), step)) is not None:
-            yield told, True
-    for rank in members:
-        if rank not in peers and (told := _results(census.reports.get(rank), step)) is not None:
-            yield told, False
+    for rank in (*peers, *(member for member in members if member not in peers)):
+        giver = census.reports.get(rank)
+        if giver is not None and _has_applied(giver, step):
+            yield _results(giver, step), rank in peers
 
 
-def _results(report: Report | None, step: Step) -> tuple[Told, ...] | None:
-    if report is None:
-        return None
-    if report.step + 1 == step and report.update is Update.APPLIED:
-        return report.told
-    if report.step == step:
-        return report.told_last or (report.told if report.update is Update.BEFORE else None)
-    return None
+def _has_applied(report: Report, step: Step) -> bool:
+    return report.step == step or (report.step + 1 == step and report.update is Update.APPLIED)
+
+
+def _results(report: Report, step: Step) -> tuple[Told, ...]:
+    return tuple(told for told in report.told if told.step == step)

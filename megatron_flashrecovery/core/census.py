@@ -72,6 +72,10 @@ class GroupTally:
         """How many collectives members have issued, absent ones included."""
         return {said[0] for said in self.said} | ({0} if self.said.total() < self.size else set())
 
+    def oldest_open(self) -> int:
+        """The first collective that somebody has issued and not seen completed, or 0."""
+        return min((completed + 1 for issued, completed, _ in self.said if issued > completed), default=0)
+
     def agrees(self) -> bool:
         if self.broken or self.open or self.undelivered or len(self.said) > 1:
             return False
@@ -104,6 +108,7 @@ class Census:
         self.reports: dict[Rank, Report] = {}
         self.numbers: dict[Rank, OrderNumber] = {}
         self.blocked: set[Rank] = set()
+        self.blocked_in: dict[GroupKey, set[Rank]] = {}
         self.updating: set[Rank] = set()
         """Ranks that are between the gate and the end of their step: armed, writing or applied."""
         self.newest: Step | None = None
@@ -121,7 +126,7 @@ class Census:
                 return False
         self.reports[rank] = report
         self.numbers[rank] = number
-        _put(self.blocked, rank, report.standing is Standing.BLOCKED)
+        self._note_blocked(rank, before, report)
         _put(self.updating, rank, report.update is not Update.BEFORE)
         live = Step(report.step + 1) if report.update is Update.APPLIED else report.step
         self.newest = live if self.newest is None else max(self.newest, live)
@@ -137,12 +142,28 @@ class Census:
             _put(self.suspect, key, not tally.agrees())
         return True
 
+    def _note_blocked(self, rank: Rank, before: Report | None, report: Report) -> None:
+        if before is not None and before.spot is not None:
+            self.blocked_in.get(before.spot.group, set()).discard(rank)
+        is_blocked = report.standing is Standing.BLOCKED
+        _put(self.blocked, rank, is_blocked)
+        if is_blocked and report.spot is not None:
+            self.blocked_in.setdefault(report.spot.group, set()).add(rank)
+
     def count(self, rank: Rank, key: GroupKey) -> GroupCount:
         report = self.reports.get(rank)
         return NO_COUNT if report is None else report.counts.get(key, NO_COUNT)
 
     def tally(self, key: GroupKey) -> GroupTally:
         return self._tallies[key]
+
+    def mark(self, key: GroupKey) -> tuple[int, int]:
+        """Changes when something that was under way in the group has completed; costs nothing in a large group."""
+        if key not in self.suspect:
+            return (0, 0)
+        tally = self._tallies[key]
+        oldest = tally.oldest_open()
+        return (oldest, 0 if oldest else len(tally.open))
 
     def is_whole(self, key: GroupKey) -> bool:
         """No member was lost or holds it broken: an operation under way in it can still complete."""

@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NoReturn
 
+from megatron_flashrecovery.core.answers import known_results
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, Wait, decide_drain
 from megatron_flashrecovery.core.errors import ImpossibleTransition
 from megatron_flashrecovery.core.ids import Rank, Step
@@ -200,6 +201,9 @@ def _record_reports(job: Job, event: RanksStood, now: float) -> list[Command]:
             continue
         if event.number >= phase.since.get(report.rank, phase.parked):
             _hear(phase, report.rank)
+        for key in job.seats.groups_of.get(report.rank, ()):
+            if key in phase.unchanged and phase.unchanged[key] != phase.census.mark(key):
+                del phase.unchanged[key]
     return _go_on(job, now)
 
 
@@ -245,13 +249,22 @@ def _release_if_finished(job: Job) -> list[Command]:
 
 def _go_on(job: Job, now: float) -> list[Command]:
     """Take every step of the recovery that is possible by now."""
-    if isinstance(job.phase, Draining) and not job.phase.silent:
+    if isinstance(job.phase, Draining) and not job.phase.silent and not _must_wait(job.phase, now):
         orders = _decide_round(job, job.phase, now)
         if orders:
             return orders
     if isinstance(job.phase, Staffing) and not job.phase.joining:
         return _plan(job, job.phase, now)
     return []
+
+
+def _must_wait(phase: Draining, now: float) -> bool:
+    """Whether what was waited for at the last decision is still under way: deciding again would change nothing."""
+    if phase.waiting is None:
+        return False
+    if phase.waiting.groups:
+        return bool(phase.unchanged) and now < phase.patient_until
+    return not phase.census.blocked.isdisjoint(phase.waiting.ranks)
 
 
 def _decide_round(job: Job, phase: Draining, now: float) -> list[Command]:
@@ -264,6 +277,7 @@ def _decide_round(job: Job, phase: Draining, now: float) -> list[Command]:
         case Wait():
             if decision != phase.waiting:
                 phase.waiting, phase.patient_until = decision, now + job.config.drain_grace
+            phase.unchanged = {key: phase.census.mark(key) for key in decision.groups}
             return []
         case Settled():
             assert job.timeline is not None
@@ -280,7 +294,9 @@ def _order_drain(job: Job, phase: Draining, decision: Disentangle, now: float) -
     phase.waiting = None
     phase.deadline = now + job.config.drain_timeout
     phase.severed.update(decision.sever)
-    phase.answered.update({rank: len(phase.census.reports[rank].told) for rank in decision.answer})
+    for rank in decision.answer:
+        report = phase.census.reports[rank]
+        phase.answered[rank] = known_results(report, Step(report.step + 1))
     severed_at = {rank for key in decision.sever for rank in job.seats.members_of[key] if rank in phase.census.reports}
     concerned = severed_at | decision.advance | decision.answer.keys()
     phase.heard -= concerned

@@ -64,7 +64,7 @@ class Past:
 
 def decide_drain(census: Census, sharded: bool, past: Past, is_patient: bool) -> Decision:
     """``is_patient``: operations under way still have time to complete by themselves."""
-    blocked_in = _blocked_in(census)
+    blocked_in = {key: min(ranks) for key, ranks in census.blocked_in.items() if ranks}
     hopeless = {key for key in blocked_in if not census.is_whole(key)}
     advance: set[Rank] = set()
     moving: set[GroupKey] = set()
@@ -88,16 +88,6 @@ def decide_drain(census: Census, sharded: bool, past: Past, is_patient: bool) ->
         return Wait(frozenset(moving), frozenset(census.blocked))
     answer = {} if sharded else find_answers(census, past.answered)
     return Disentangle(answer=answer) if answer else Settled()
-
-
-def _blocked_in(census: Census) -> dict[GroupKey, Rank]:
-    """The groups in which somebody is blocked, with the smallest such rank."""
-    found: dict[GroupKey, Rank] = {}
-    for rank in sorted(census.blocked):
-        spot = census.reports[rank].spot
-        if spot is not None:
-            found.setdefault(spot.group, rank)
-    return found
 
 
 def _why(census: Census, key: GroupKey, rank: Rank) -> str:

@@ -88,22 +88,15 @@ def all_or_none(census: Census, demands: tuple[Demand, ...], severed: AbstractSe
 
 def _oldest_open(census: Census, key: GroupKey) -> tuple[int, str | None]:
     """The first collective that somebody has issued and not seen completed; its name if somebody is blocked in it."""
-    numbers = []
-    if key in census.suspect:
-        for rank in census.tally(key).open:
-            count = census.count(rank, key)
-            if count.issued > count.completed:
-                numbers.append(count.completed + 1)
-    for rank in census.blocked:
+    oldest = census.tally(key).oldest_open() if key in census.suspect else 0
+    blocked_at = {}
+    for rank in census.blocked_in.get(key, ()):
         spot = census.reports[rank].spot
-        if spot is not None and spot.group == key and spot.number:
-            numbers.append(spot.number)
-    oldest = min(numbers, default=0)
-    for rank in sorted(census.blocked):
-        spot = census.reports[rank].spot
-        if spot is not None and spot.group == key and spot.number == oldest:
-            return oldest, spot.operation
-    return oldest, None
+        if spot is not None and spot.number:
+            blocked_at[spot.number] = spot.operation
+    # A rank may have been told apart as blocked and counted as done, if it moved while it looked.
+    oldest = min([number for number in (oldest, *blocked_at) if number], default=0)
+    return oldest, blocked_at.get(oldest)
 
 
 def _behind(census: Census, key: GroupKey, number: int, operation: str | None) -> Iterator[Demand]:

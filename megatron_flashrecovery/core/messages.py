@@ -74,19 +74,22 @@ class Spot:
 
 @dataclass(frozen=True)
 class Told:
-    """The result of a small reduction since the gate of this step: enough for a peer to finish its own update."""
+    """The result of a small reduction after the gate of the update to ``step``: enough for a peer to finish its own
+    update. Without a step nobody can be told it: the results of two steps look alike, and the wrong one corrupts."""
 
     operation: str
     payload: bytes
+    step: Step | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a stopped rank holds, and where it stopped. A replacement that has just been built holds nothing.
+    """What a stopped rank holds, and where it stopped. A replacement holds nothing until it has been restored: its live
+    memory is not the state of any step, so its update is ``WRITING``.
 
     ``step`` is the last step whose protected call completed here; ``own`` and ``guests`` are committed snapshots.
-    ``told`` are the results since the gate of the step that the rank is in; while it has not passed that gate, they may
-    still be those of the last completed step. ``told_last`` are those of the last completed step, if it kept them.
+    ``told`` are the results since the gate before last: a rank that is past the gate of a step still has those of the
+    step before, for peers that have not completed that one.
     """
 
     rank: Rank
@@ -98,7 +101,6 @@ class Report:
     own: tuple[Step, ...] = ()
     guests: Mapping[Rank, tuple[Step, ...]] = field(default_factory=dict)
     told: tuple[Told, ...] = ()
-    told_last: tuple[Told, ...] = ()
 
 
 # --- events: what nodes tell the controller -------------------------------------------------------------------------
@@ -289,7 +291,8 @@ class StartWorkers:
 @dataclass(frozen=True)
 class RestartAll:
     """End every worker, forget every snapshot, and start all workers from the top, as ``epoch``; with the framework's
-    own newest checkpoint, or as at the first start."""
+    own newest checkpoint, or as at the first start. To every node, and once more when seats move to a node that may not
+    have heard it: an agent obeys it once for each epoch."""
 
     epoch: Epoch
     reason: str

@@ -66,7 +66,28 @@ def place_mirrors(
         host_of = _crowded(peers, node_of, largest_node)
     else:
         host_of = _one_guest_each(groups, node_of.__getitem__)
-    return Placement(host_of, _warnings(host_of, peers, node_of))
+    return Placement(host_of, warnings_of(host_of, peers, node_of))
+
+
+def warnings_of(
+    host_of: Mapping[Rank, Rank], peers: Mapping[Rank, tuple[Rank, ...]], node_of: Mapping[Rank, NodeId]
+) -> tuple[str, ...]:
+    """What is poor about these hosts, one line each."""
+    found = []
+    if beside := [rank for rank, host in host_of.items() if node_of[rank] == node_of[host]]:
+        ranks = f"{len(beside)} of {len(host_of)} ranks have" if len(beside) > 1 else f"rank {beside[0]} has"
+        found.append(
+            f"{ranks} the second copy on the node of the first: the loss of that node is not survived, use more nodes"
+        )
+    if alone := sum(len(group) == 1 for group in peers.values()):
+        found.append(
+            f"{alone} of {len(host_of)} ranks have no data-parallel peer: their whole state is mirrored every step"
+        )
+    if (most := max(Counter(host_of.values()).values())) > 1:
+        found.append(
+            f"some hosts keep {most} guests, as one node holds more than half of all ranks: use nodes of equal size"
+        )
+    return tuple(found)
 
 
 def ring(members: Sequence[Rank], domain_of: Callable[[Rank], Domain]) -> dict[Rank, Rank] | None:
@@ -161,23 +182,3 @@ def _sorted_by_domain(members: Sequence[Rank], domain_of: Callable[[Rank], Domai
     for rank in sorted(members):
         members_of[domain_of(rank)].append(rank)
     return [rank for ranks in members_of.values() for rank in ranks]
-
-
-def _warnings(
-    host_of: Mapping[Rank, Rank], peers: Mapping[Rank, tuple[Rank, ...]], node_of: Mapping[Rank, NodeId]
-) -> tuple[str, ...]:
-    found = []
-    if beside := [rank for rank, host in host_of.items() if node_of[rank] == node_of[host]]:
-        ranks = f"{len(beside)} of {len(host_of)} ranks have" if len(beside) > 1 else f"rank {beside[0]} has"
-        found.append(
-            f"{ranks} the second copy on the node of the first: the loss of that node is not survived, use more nodes"
-        )
-    if alone := sum(len(group) == 1 for group in peers.values()):
-        found.append(
-            f"{alone} of {len(host_of)} ranks have no data-parallel peer: their whole state is mirrored every step"
-        )
-    if (most := max(Counter(host_of.values()).values())) > 1:
-        found.append(
-            f"some hosts keep {most} guests, as one node holds more than half of all ranks: use nodes of equal size"
-        )
-    return tuple(found)

@@ -18,16 +18,19 @@ from typing import TypeAlias
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.drain import Wait
 from megatron_flashrecovery.core.ids import GroupKey, OrderNumber, Rank
+from megatron_flashrecovery.core.messages import RestartAll
 from megatron_flashrecovery.core.planner import RecoveryPlan
 
 
 @dataclass
 class Starting:
-    """Every worker was started from the top. ``deadline`` is set while seats wait for a node."""
+    """Every worker was started from the top, by ``order`` unless it is the first start. ``deadline`` is set while seats
+    wait for a node."""
 
+    order: RestartAll | None = None
+    deadline: float | None = None
     ready: set[Rank] = field(default_factory=set)
     finished: set[Rank] = field(default_factory=set)
-    deadline: float | None = None
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Draining:
     answered: dict[Rank, int] = field(default_factory=dict)
     waiting: Wait | None = None
     patient_until: float = 0.0
+    unchanged: dict[GroupKey, tuple[int, int]] = field(default_factory=dict)
+    """The groups waited for in which nothing has completed since, with their marks."""
 
 
 @dataclass

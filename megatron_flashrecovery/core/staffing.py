@@ -79,8 +79,12 @@ def fill_homeless(job: Job, now: float) -> list[Command]:
         job.staffed.update(dict.fromkeys(ranks, job.epoch))
         if isinstance(job.phase, Draining | Staffing):
             job.phase.joining.update(dict.fromkeys(ranks, now + job.config.join_timeout))
-    if isinstance(job.phase, Starting) and not job.seats.homeless:
-        job.phase.deadline = None
+    if isinstance(job.phase, Starting) and commands:
+        if not job.seats.homeless:
+            job.phase.deadline = None
+        # A node that has just come has never heard of the restart that its new seats take part in.
+        if job.phase.order is not None:
+            commands.append(job.phase.order)
     return commands
 
 
@@ -107,9 +111,9 @@ def restart(job: Job, reason: str, now: float) -> list[Command]:
     job.last_resume = None
     job.begin_anew()
     job.seats.forget()
-    job.phase = Starting(deadline=now + job.config.join_timeout if job.seats.homeless else None)
     order = RestartAll(job.epoch, reason, from_checkpoint=job.checkpoint is not None)
-    return [order, *fill_homeless(job, now)]
+    job.phase = Starting(order, deadline=now + job.config.join_timeout if job.seats.homeless else None)
+    return fill_homeless(job, now) or [order]
 
 
 def halt(job: Job, reason: str) -> list[Command]:

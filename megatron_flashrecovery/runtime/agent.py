@@ -76,6 +76,7 @@ class Agent:
             self._notice_deaths()
             self._listen()
             self._keep_spares()
+            self._tell_started()
             self._beat()
             on_tick()
         return self._dismissal
@@ -324,6 +325,12 @@ class Agent:
             return
         while len(self._spares) < self._config.spares_per_node:
             self._spares.append(self._workers.start("spares.log"))
+
+    def _tell_started(self) -> None:
+        for rank, worker in self._workers.seated():
+            if worker.pid is not None and worker.seat is not None and not worker.is_known:
+                worker.is_known = True
+                self._control.send(node_messages.WorkerStarted(rank, worker.id, worker.pid, worker.seat.epoch))
 
     def _wait(self) -> None:
         waits = [self._wake_read, *(worker.channel.fileno() for worker in self._workers.living)]

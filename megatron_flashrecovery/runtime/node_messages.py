@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, get_args
 
 from megatron_flashrecovery.comm.codec import Codec
-from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import Command, Event
 from megatron_flashrecovery.runtime.dialogue import StepDone
 
@@ -89,12 +89,13 @@ class FinalNoted:
 
 
 @dataclass(frozen=True)
-class WorkersStarted:
-    """Processes of this node, for people: rank to pid."""
+class WorkerStarted:
+    """A process has taken a seat."""
 
-    node: NodeId
+    rank: Rank
+    worker: WorkerId
+    pid: int
     epoch: Epoch
-    pids: Mapping[Rank, int]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ FromAgent: TypeAlias = (
     | ExecutionNoted
     | FirstStepNoted
     | FinalNoted
-    | WorkersStarted
+    | WorkerStarted
     | StartRefused
     | NodeDone
 )

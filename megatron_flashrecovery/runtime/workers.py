@@ -36,6 +36,8 @@ class Worker:
     seat: Seat | None = None
     process: subprocess.Popen[bytes] | None = None
     pending: list[object] = field(default_factory=list)
+    is_known: bool = False
+    """It has been said which process sits here."""
     doomed: bool = False
     """It was told to end: its end is no loss."""
 

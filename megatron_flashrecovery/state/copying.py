@@ -7,7 +7,8 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.errors import ConfigError, SnapshotMismatch
+from megatron_flashrecovery.state.fingerprint import word_sums
 
 Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 """Target and source, of the same dtype and shape."""
@@ -19,7 +20,7 @@ class Copier(Protocol):
 
     def copy_out(self, pairs: Sequence[Pair]) -> Callable[[], None]:
         """From live tensors to host memory. The returned call waits, on any thread, until the bytes are there; until
-        then nobody may write to the sources."""
+        then nobody may write to the sources. It raises ``SnapshotMismatch`` if other bytes are there."""
 
     def copy_in(self, pairs: Sequence[Pair]) -> None:
         """From host memory to live tensors; done when it returns."""
@@ -79,9 +80,17 @@ class DeviceCopier:
             _copy(pairs)
             for _, source in pairs:
                 source.record_stream(self._stream)
+            said = torch.empty(len(pairs), dtype=torch.int64, pin_memory=True)
+            if pairs:
+                said.copy_(word_sums([source for _, source in pairs]), non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
-        return done.synchronize
+
+        def wait() -> None:
+            done.synchronize()
+            check_copies([target for target, _ in pairs], said)
+
+        return wait
 
     def copy_in(self, pairs: Sequence[Pair]) -> None:
         _copy(pairs)
@@ -92,6 +101,13 @@ class DeviceCopier:
         for address in self._registered:
             torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
         self._registered.clear()
+
+
+def check_copies(targets: Sequence[torch.Tensor], said: torch.Tensor) -> None:
+    """Whether host memory has what the device says it had (``word_sums``). Mirrors that held NaN while their owners
+    were clean, fingerprinted as they were, are how others lost a cluster."""
+    if targets and not torch.equal(word_sums(targets), said):
+        raise SnapshotMismatch("a copy in host memory is not what the device holds: it is no snapshot")
 
 
 def _copy(pairs: Sequence[Pair]) -> None:

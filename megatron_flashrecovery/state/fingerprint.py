@@ -35,6 +35,12 @@ def fingerprint(*buffers: Buffer) -> bytes:
     return digest.digest()
 
 
+def word_sums(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One int64 per tensor (of one device, where they stay): the sum of its words. The cheapest thing that tells a copy
+    from what it should be, but for what is swapped."""
+    return torch.stack([_words(tensor.detach()).sum() for tensor in tensors])
+
+
 def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
     """One 128-bit digest of named tensors, computed where they are: integer arithmetic, the same on every device.
 

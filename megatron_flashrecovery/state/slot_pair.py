@@ -55,11 +55,11 @@ class SlotPair:
             self._writing = {slot: begun for slot, begun in self._writing.items() if begun != id}
 
     def holds(self, offer: Offer) -> bool:
-        """Whether a committed snapshot of that step has exactly these bytes, of whatever epoch."""
-        return any(
-            (header.id.step, header.nbytes, header.fingerprint) == (offer.id.step, offer.nbytes, offer.fingerprint)
-            for header in self._headers()
-        )
+        """Whether a committed snapshot of that step has, and still has, exactly these bytes; of whatever epoch."""
+        found = self.find(offer.id.step)
+        if found is None or (found[0].nbytes, found[0].fingerprint) != (offer.nbytes, offer.fingerprint):
+            return False
+        return fingerprint(found[1]) == offer.fingerprint
 
     def find(self, step: Step) -> tuple[SlotHeader, memoryview] | None:
         """The committed snapshot of this step, not verified."""

@@ -1,9 +1,9 @@
 """A communicator of one process that fails the way NCCL does: an aborted operation returns, and its output is garbage.
 
-Gloo raises when a connection goes, so nothing that runs on CPU shows whether a handle believes an aborted operation. Here
-operations stay under way until ``release``; ``sever`` completes them with garbage and without an error. Like NCCL, waiting
-for a work does not wait for the operation, only ``finish`` does. A send outside of a batch raises ``WouldDeadlock``: with
-rendezvous sends it would wait for a receive that its peer posts only after its own send.
+Gloo raises when a connection goes, so nothing that runs on CPU shows whether a handle believes an aborted operation.
+Here operations stay under way until ``release``; ``sever`` completes them with garbage and without an error. Like NCCL,
+waiting for a work does not wait for the operation, only ``finish`` does. A send outside of a batch raises
+``WouldDeadlock``: with rendezvous sends it would wait for a receive that its peer posts only after its own send.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from megatron_flashrecovery.comm.communicator import Communicator, Transport
 
 GARBAGE = 0xA5
 
@@ -96,7 +99,7 @@ class FaultyGroup:
 
 
 class FaultyTransport:
-    """Waits like NCCL: only ``finish`` waits for the device, and it returns whether the operation was aborted or not."""
+    """Waits like NCCL: only ``finish`` waits for the device, and it returns for aborted ones too."""
 
     host_synchronous = False
     backend = None
@@ -108,11 +111,11 @@ class FaultyTransport:
     def connect(self) -> None:
         pass
 
-    def wait(self, work: FaultyWork, timeout: timedelta | None) -> None:
-        work.wait()
+    def wait(self, work: object, timeout: timedelta | None) -> None:
+        """Orders the stream only."""
 
-    def finish(self, work: FaultyWork) -> None:
-        assert work.over.wait(timeout=20), "neither released nor severed in time"
+    def finish(self, work: object) -> None:
+        assert self._group.over.wait(timeout=20), "neither released nor severed in time"
 
     def sever(self) -> None:
         self._group.spoil()
@@ -124,19 +127,20 @@ class FaultyTransport:
         pass
 
 
-class FaultyCommunicator:
+class FaultyCommunicator(Communicator):
     """Give it to a handle in place of a ``Communicator``."""
 
     def __init__(self) -> None:
-        self.severed: str | None = None
-        self.inner = FaultyGroup()
-        self.default = FaultyTransport(self.inner)
+        self.severed = None
+        self.closed = False
+        self.inner: Any = FaultyGroup()
+        self.default: FaultyTransport = FaultyTransport(self.inner)
 
-    def transport(self, tensors: Sequence[torch.Tensor]) -> FaultyTransport:
+    def transport(self, tensors: Sequence[torch.Tensor]) -> Transport:
         return self.default
 
     @property
-    def transports(self) -> Iterable[FaultyTransport]:
+    def transports(self) -> Iterable[Transport]:
         return (self.default,)
 
     def release(self) -> None:
@@ -147,4 +151,4 @@ class FaultyCommunicator:
         pass
 
     def close(self, gently: bool = False) -> None:
-        pass
+        self.closed = True

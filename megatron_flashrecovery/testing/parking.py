@@ -1,4 +1,4 @@
-"""A fake session for handles: lets everything pass until a test says what is to happen, and remembers what it was asked."""
+"""A fake session for handles: lets everything pass until a test decides, and remembers what it was asked."""
 
 from __future__ import annotations
 

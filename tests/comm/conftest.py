@@ -1,9 +1,12 @@
-"""Real processes for the tests of groups: forked from a server that has torch already, with a store that outlives them."""
+"""Real processes for tests of groups: forked from a server that has torch already, on a store that outlives them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
@@ -18,10 +21,16 @@ _PRELOAD = ["torch.distributed", "megatron_flashrecovery.comm.registry", "megatr
 
 
 def _entry(
-    function: Callable[..., Any], rank: int, world_size: int, port: int, results: Any, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    place: tuple[int, str],
+    results: Any,
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore(HOST, port, None, False, wait_for_workers=False)
+    port, prefix = place
+    store = dist.PrefixStore(prefix, dist.TCPStore(HOST, port, None, False, wait_for_workers=False))
     try:
         results.send((True, function(rank, world_size, store, *args)))
     except BaseException:
@@ -32,15 +41,22 @@ def _entry(
 class Ranks:
     """Runs ``function(rank, world_size, store, *args)`` in as many processes; each result must survive pickle."""
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
+    def __init__(self, context: Any, port: int, prefix: str) -> None:
+        self._context = context
+        self._place = (port, prefix)
         self.processes: list[Any] = []
-        self.store = dist.TCPStore(HOST, 0, None, True, wait_for_workers=False)
+
+    def prefix(self, prefix: str) -> None:
+        """Another job on the same store."""
+        self._place = (self._place[0], f"{self._place[1]}/{prefix}")
+
+    def store(self) -> Any:
+        port, prefix = self._place
+        return dist.PrefixStore(prefix, dist.TCPStore(HOST, port, None, False, wait_for_workers=False))
 
     def start(self, function: Callable[..., Any], rank: int, world_size: int, *args: Any) -> tuple[Any, Any]:
         ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_entry, args=(function, rank, world_size, self.store.port, theirs, args))
+        process = self._context.Process(target=_entry, args=(function, rank, world_size, self._place, theirs, args))
         process.start()
         theirs.close()
         self.processes.append(process)
@@ -93,9 +109,21 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture(scope="session")
+def fork_server():
+    """A context whose processes have imported torch already, and the port of a store that outlives all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.forkserver.ensure_running()
+    store = dist.TCPStore(HOST, 0, None, True, wait_for_workers=False)
+    yield context, store.port
+    multiprocessing.forkserver._forkserver._stop()
+
+
 @pytest.fixture
-def run_ranks(request):
-    ranks = Ranks()
+def run_ranks(request, fork_server):
+    ranks = Ranks(*fork_server, prefix=request.node.name)
     yield ranks
     failed = getattr(request.node, "failed", False)
     leaked = [process for process in ranks.processes if process.is_alive()]
@@ -103,3 +131,12 @@ def run_ranks(request):
         process.kill()
         process.join()
     assert failed or not leaked, f"processes left running: {[process.pid for process in leaked]}"
+
+
+@pytest.fixture(autouse=True)
+def closed_communicators():
+    """Gloo's event loops end on threads of their own: nothing of a test's is left when the next one begins."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "flashrecovery-close":
+            thread.join(timeout=10)

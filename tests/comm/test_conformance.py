@@ -1,4 +1,4 @@
-"""Every operation of the installed torch gives the same with the handle as with plain gloo, before and after a rebuild."""
+"""Every operation of the installed torch gives with the handle what it gives with plain gloo, also after a rebuild."""
 
 from __future__ import annotations
 

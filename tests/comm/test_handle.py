@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from megatron_flashrecovery.comm.communicator import GroupIdentity, Severed, sever_together
 from megatron_flashrecovery.comm.handle import FlashGroup, NotRepeatable
-from megatron_flashrecovery.comm.operation import Kind, read_call
 from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.errors import ConfigError
@@ -56,6 +54,11 @@ class Rig:
         thread.start()
         return thread
 
+    def sever_replacement(self, spot: Spot, error: Exception) -> Proceed:
+        self.replace(spot, error)
+        self.group.live().severed = "rank 5 is lost again"
+        return Proceed()
+
     def replace(self, _spot: Spot, _error: Exception) -> Proceed:
         self.group.disconnect()
         self.group.ledger.reset()
@@ -90,9 +93,27 @@ def test_a_large_reduction_in_place_is_never_retried():
     rig = Rig()
     rig.parking.failing = rig.replace
     rig.first.severed = "rank 5 is lost"
-    work = rig.group.allreduce([torch.ones(1000)])
     with pytest.raises(NotRepeatable, match="no copy is kept"):
+        rig.group.allreduce([torch.ones(1000)])
+
+
+def test_a_work_that_a_recovery_discarded_is_never_believed():
+    rig = Rig()
+    work = rig.group.allreduce([torch.ones(1000)])
+    rig.group.disconnect()
+    with pytest.raises(Severed, match="discarded"):
         work.wait()
+    assert rig.parking.failures == []
+
+
+def test_a_retry_that_fails_too_asks_again():
+    rig = Rig()
+    verdicts: list[Any] = [rig.sever_replacement, rig.replace]
+    rig.parking.failing = lambda spot, error: verdicts.pop(0)(spot, error)
+    rig.first.severed = "rank 5 is lost"
+    rig.group.allreduce([torch.ones(1)])
+    assert len(rig.parking.failures) == 2
+    assert [len(each.inner.calls) for each in rig.made] == [0, 0, 1]
 
 
 def test_a_gather_that_failed_at_its_wait_is_issued_again():
@@ -194,5 +215,3 @@ def test_the_digest_tells_collectives_apart(issue: Callable[[Any], Any], same: b
         each(rig.group)
         digests.append(rig.group.ledger.count().digest)
     assert (digests[0] == digests[1]) == same
-
-

@@ -20,7 +20,7 @@ def plan(*flags):
 def test_the_demos_layout_is_hosted_by_peers_on_one_node_and_says_what_that_means(capsys):
     assert plan("--nproc-per-node", "8", "--params", "1B", *DEMO) == 0
     said = capsys.readouterr().out
-    assert "8 ranks on 1 nodes" in said
+    assert "8 ranks; nodes: 1" in said
     assert "any one rank: yes" in said
     assert "any one node: no, 1 of 1" in said
     assert "the loss of that node is not survived" in said
@@ -44,7 +44,7 @@ def test_a_running_job_is_read_from_its_journal(tmp_path, capsys):
     journal.close()
     assert plan(str(tmp_path)) == 0
     said = capsys.readouterr().out
-    assert "2 ranks on 2 nodes" in said
+    assert "2 ranks; nodes: 2" in said
     assert "each rank hands 1 GiB to its host" in said
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -70,7 +69,8 @@ class Communicator:
         if handle.stuck or handle.is_done or handle.failed:
             return False
         if handle.number:
-            return len(self.contributions[handle.number - 1]) == len(self.members)
+            is_next = handle.number == handle.endpoint.completed + 1
+            return is_next and len(self.contributions[handle.number - 1]) == len(self.members)
         me = handle.endpoint.rank
         return all(len(self.sent.get((peer, me), ())) > index for peer, index in handle.receives) and (
             self.is_eager or all(self.awaited.get((me, peer), 0) > index for peer, index in handle.sends)
@@ -157,7 +157,8 @@ class Endpoint:
         if self.broken:
             handle.failed = self.broken
         else:
-            dead = [m for m in self.comm.members if m not in self.comm.endpoints or self.comm.endpoints[m].broken]
+            ends = self.comm.endpoints
+            dead = [member for member in self.comm.members if member in ends and ends[member].broken]
             peers = self.comm.members if handle.number else [p for p, _ in handle.sends + handle.receives]
             handle.stuck = any(m in peers for m in dead)
             self.open.append(handle)
@@ -185,6 +186,3 @@ class Endpoint:
         for handle in failed:
             handle.failed = reason
         return failed
-
-
-Waker = Callable[[Rank], None]

@@ -203,6 +203,8 @@ def test_a_pair_holds_an_offer_whatever_its_epoch_but_not_other_bytes(slots):
     assert pair.holds(Offer(SnapshotId(0, 1, 9), offer.nbytes, offer.fingerprint))
     assert not pair.holds(Offer(SnapshotId(0, 2, 0), offer.nbytes, offer.fingerprint))
     assert not pair.holds(Offer(offer.id, offer.nbytes, bytes(16)))
+    pair.find(1)[1][0] ^= 1
+    assert not pair.holds(offer)
 
 
 def test_slots_of_another_rank_are_not_a_source(slots):

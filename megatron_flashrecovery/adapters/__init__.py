@@ -1,0 +1,1 @@
+"""One module or package for each training framework; the only code that may import one."""

@@ -1,0 +1,79 @@
+"""What a step leaves behind when it is cut short, and how to get rid of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core import rerun_state_machine
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_flashrecovery.adapters.megatron.no_sync import NoSync
+
+_RERUN_FIELDS = (
+    "state",
+    "current_iteration",
+    "first_iteration_complete",
+    "rerun_requested",
+    "checkpoint_requested",
+    "restart_again_requested",
+    "continue_requested",
+)
+
+
+class PartialStep:
+    """Gradients, outstanding handles, timers and the rerun machine, as they were before the step began."""
+
+    def __init__(self, model: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+        self._model = list(model)
+        self._optimizer = optimizer
+        self._config = model[0].config
+        self.no_sync = NoSync()
+        self._timers_running: set[str] = set()
+        self._rerun: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        self._timers_running = {name for name, timer in self._timers() if timer._started}
+        machine = _rerun_machine()
+        self._rerun = {field: getattr(machine, field) for field in _RERUN_FIELDS} if machine else {}
+
+    def discard(self) -> None:
+        self.no_sync.leave()
+        for chunk in self._model:
+            _forget_communication(chunk)
+            chunk.zero_grad_buffer()
+            for parameter in chunk.parameters():
+                parameter.grad = None
+            get_attr_wrapped_model(chunk, "set_input_tensor")([None])
+            # An evaluation that was cut short has left these.
+            chunk.train()
+            if chunk.use_forward_hook and not chunk.remove_forward_pre_hook_handles:
+                chunk.enable_forward_pre_hook()
+        self._optimizer.zero_grad()
+        for name, timer in self._timers():
+            if timer._started and name not in self._timers_running:
+                timer._started = False
+        machine = _rerun_machine()
+        for field, value in self._rerun.items():
+            setattr(machine, field, value)
+
+    def _timers(self) -> list[tuple[str, Any]]:
+        timers = self._config.timers
+        return [] if timers is None else list(timers._timers.items())
+
+
+def _forget_communication(chunk: DistributedDataParallel) -> None:
+    """The groups behind these handles are severed or kept empty: nobody waits for them any more."""
+    for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+        group.param_gather_handle = None
+        group.param_gather_dispatched = False
+        group.grad_reduce_handle = None
+        # Else the reset that comes next takes what an incomplete first step has counted for complete.
+        group.per_param_grad_ready_counts = {}
+
+
+def _rerun_machine() -> Any:
+    """Only where there is one: asking for it through megatron-core would make it."""
+    return rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE

@@ -1,0 +1,38 @@
+"""Members meet in the store before they connect, so that waiting for a member that died can be cut short.
+
+Inside gloo's or NCCL's own set-up nobody can be freed from another thread: there is no connection yet to shut, and the
+wait ends with the timeout of the group. Once all have said that they are here, the set-up itself takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+from torch._C._distributed_c10d import Store
+
+from megatron_flashrecovery.comm.communicator import Severed
+
+_SLICE = timedelta(milliseconds=100)
+
+
+def meet(store: Store, size: int, severed: Callable[[], str | None], timeout: timedelta) -> None:
+    """Until ``size`` members are here. ``store`` has the prefix of this one meeting. Raises ``Severed``."""
+    if size == 1:
+        return
+    if store.add("here", 1) == size:
+        store.set("all", "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        reason = severed()
+        if reason is not None:
+            raise Severed(reason)
+        try:
+            store.wait(["all"], _SLICE)
+        except RuntimeError:
+            # Slices: a wait in the store cannot be woken. A store that is gone raises at once and every time.
+            if time.monotonic() >= deadline:
+                raise
+        else:
+            return

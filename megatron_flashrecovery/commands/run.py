@@ -1,0 +1,183 @@
+"""`flashrecovery run`: start a training script on this node's ranks, and replace the ones that are lost."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+
+PURPOSE = "start a training script, and replace the ranks that are lost"
+TOKEN = "FLASHRECOVERY_TOKEN"
+TESTED_TORCH = ("2.13",)
+
+_LOGS = "the output of rank N is in logs/rankN.log of --log-dir"
+
+# Flags of torchrun that have no place here.
+UNSUPPORTED = {
+    "--no-python": "workers are forked from a Python that has imported what the script imports",
+    "--run-path": "give the script itself",
+    "--start-method": "workers are forked from a preloaded process, or started cold",
+    "--redirects": _LOGS,
+    "--tee": _LOGS,
+    "--local-ranks-filter": _LOGS,
+    "--logs-specs": _LOGS,
+    "--event-log-handler": "events are in journal.jsonl of --log-dir",
+    "--duplicate-stdout-filters": _LOGS,
+    "--duplicate-stderr-filters": _LOGS,
+    "--rdzv-conf": "ranks do not meet by a rendezvous, node 0 seats them",
+    "--virtual-local-rank": "every rank sees all devices of its node",
+    "--numa-binding": "bind the launcher itself, its workers inherit it",
+    "--local-addr": "a node reaches the others by --master-addr",
+    "--signals-to-handle": "SIGTERM and SIGINT end the job in order",
+    "--shutdown-timeout": "workers that are told to end have a few seconds",
+}
+
+
+def add_arguments(parser: Arguments) -> None:
+    add = parser.add_flag
+    add("--nnodes", default="1", metavar="N", help="number of nodes")
+    add("--nproc-per-node", default="1", metavar="N", help="ranks per node: a number, gpu, cpu or auto")
+    add("--node-rank", type=int, default=None, metavar="N", help="number of this node, from 0 on")
+    add("--master-addr", default=None, metavar="HOST", help="address of node 0")
+    add("--master-port", type=int, default=None, metavar="PORT", help="a free port of node 0")
+    add("--rdzv-backend", default="static", choices=("static", "c10d"), help="accepted for torchrun's sake")
+    add("--rdzv-endpoint", default=None, metavar="HOST:PORT", help="the same as --master-addr and --master-port")
+    add("--rdzv-id", default="none", metavar="ID", help="name of the job")
+    add("--standalone", action="store_true", help="one node, any free port: the default")
+    add("--max-restarts", type=int, default=3, metavar="N", help="how often all workers may be started again (3)")
+    add("--monitor-interval", type=float, default=None, help="accepted for torchrun's sake: agents need no interval")
+    add("--role", default=None, help="accepted for torchrun's sake")
+    add("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
+    add("--log-dir", type=Path, default=None, metavar="DIR", help="where the records and the workers' output go")
+    add("--spares-per-node", type=int, default=0, metavar="K", help="workers that wait, imports done, for a seat")
+    add("--no-preload", action="store_true", help="start every worker cold, without the imports done beforehand")
+    add("--inject", action="append", default=[], metavar="SPEC", help="a fault, as in kill:rank=5,step=6,at=backward")
+    add("--overwrite", action="store_true", help="delete the records of an earlier run in --log-dir")
+    for name, what in _DEADLINES.items():
+        add(f"--{name}", type=float, default=None, metavar="SECONDS", help=what)
+    parser.add_argument("script", metavar="SCRIPT", help="the training script")
+    parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="flags of the script")
+
+
+_DEADLINES = {
+    "heartbeat-interval": "how often an agent tells the controller that its node lives",
+    "heartbeat-timeout": "after how long a silent node is lost",
+    "drain-timeout": "how long survivors have to stop",
+    "join-timeout": "how long a worker has to get ready",
+    "execute-timeout": "how long the ranks have to execute a plan",
+}
+
+
+def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    # Here and not above, like every import of torch: the other commands do without, and bad input is refused at once.
+    from megatron_flashrecovery.runtime import log_dir
+
+    config = launch_config(arguments, environment)
+    check_script(config.script, config.module)
+    if config.node_rank == 0:
+        log_dir.claim(config.log_dir, arguments.overwrite)
+    _warn_of_untested_torch()
+    from megatron_flashrecovery.runtime import launch
+
+    return launch.run(config)
+
+
+def launch_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -> LaunchConfig:
+    from megatron_flashrecovery.runtime.launch_config import Deadlines, Injection, LaunchConfig
+
+    nnodes = _nnodes(arguments.nnodes)
+    address, port = _endpoint(arguments)
+    if arguments.node_rank is None and nnodes > 1:
+        raise ConfigError(f"--node-rank is missing: --nnodes {nnodes} needs a number from 0 on for each node")
+    deadlines = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in _DEADLINES}
+    return LaunchConfig(
+        script=arguments.script,
+        script_args=tuple(arguments.script_args),
+        module=arguments.module,
+        nnodes=nnodes,
+        nproc_per_node=_nproc(arguments.nproc_per_node),
+        node_rank=arguments.node_rank or 0,
+        master_addr=address,
+        master_port=port,
+        rdzv_id=arguments.rdzv_id,
+        max_restarts=arguments.max_restarts,
+        spares_per_node=arguments.spares_per_node,
+        log_dir=arguments.log_dir or _default_log_dir(),
+        injections=tuple(Injection.parse(spec) for spec in arguments.inject),
+        preload=not arguments.no_preload,
+        deadlines=Deadlines(**{name: value for name, value in deadlines.items() if value is not None}),
+        token=environment.get(TOKEN, ""),
+    )
+
+
+def check_script(script: str, module: bool) -> None:
+    if module:
+        try:
+            found = importlib.util.find_spec(script) is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            raise ConfigError(f"there is no module {script}: install it, or leave out -m for a file")
+    elif not os.path.isfile(script):
+        raise ConfigError(f"there is no script {script}: give the path of a file, or -m and the name of a module")
+
+
+def _nnodes(text: str) -> int:
+    """A number, or torchrun's range of one number."""
+    least, _, most = text.partition(":")
+    if most and most != least:
+        raise ConfigError(f"--nnodes {text}: the number of ranks is fixed, give one number (and --spares-per-node)")
+    return _number("--nnodes", least)
+
+
+def _nproc(text: str) -> int:
+    if text not in ("gpu", "cpu", "auto"):
+        return _number("--nproc-per-node", text)
+    import torch
+
+    devices = torch.cuda.device_count()
+    if text == "gpu" and not devices:
+        raise ConfigError("--nproc-per-node gpu: this node has no GPU, give a number")
+    return devices if devices and text != "cpu" else os.cpu_count() or 1
+
+
+def _number(flag: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"{flag} {text}: give a whole number")
+    return int(text)
+
+
+def _endpoint(arguments: argparse.Namespace) -> tuple[str, int]:
+    address, port = arguments.master_addr, arguments.master_port
+    if arguments.rdzv_endpoint:
+        if address or port is not None:
+            raise ConfigError("--rdzv-endpoint and --master-addr say the same: give one of them")
+        address, _, text = arguments.rdzv_endpoint.rpartition(":")
+        if not address:
+            address, text = arguments.rdzv_endpoint, ""
+        port = _number("--rdzv-endpoint", text) if text else None
+    return (address or "127.0.0.1").strip("[]"), port or 0
+
+
+def _default_log_dir() -> Path:
+    return Path("flashrecovery-logs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+
+
+def _warn_of_untested_torch() -> None:
+    import torch
+
+    installed = torch.__version__
+    if not any(installed.startswith(f"{version}.") for version in TESTED_TORCH):
+        tested = ", ".join(TESTED_TORCH)
+        print(f"flashrecovery: torch {installed} is not among the versions tested ({tested})", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Fakes and stand-ins that ship with the package; nothing else in it imports them."""

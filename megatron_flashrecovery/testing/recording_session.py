@@ -1,0 +1,69 @@
+"""A session that protects nothing: it records what an adapter calls, and can cut a step short at a moment of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from megatron_flashrecovery.comm.parking import Interrupted
+from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.runtime.framework import Framework, Moment, StepRecord
+
+T = TypeVar("T")
+
+
+class RecordingSession:
+    """``calls`` are the seams in the order in which they were passed."""
+
+    is_joining = False
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.framework: Framework
+        self._interrupt: tuple[str, Callable[[], None]] | None = None
+
+    def interrupt_at(self, call: str, first: Callable[[], None] = lambda: None) -> None:
+        """The next time that ``call`` is passed, do ``first`` and raise ``Interrupted``."""
+        self._interrupt = (call, first)
+
+    def install_groups(self) -> None:
+        self.calls.append("install_groups")
+
+    def attach(self, framework: Framework) -> None:
+        self.framework = framework
+        self.calls.append("attach")
+
+    def first_step(self, loaded: Step) -> Step:
+        return loaded
+
+    def run_step(self, step: Step, call: Callable[[], StepRecord]) -> StepRecord:
+        return call()
+
+    def guard(self, name: str, call: Callable[[], T]) -> T:
+        self.calls.append(name)
+        return call()
+
+    def mark(self, moment: Moment) -> None:
+        self._pass(moment.value)
+
+    def gate(self) -> None:
+        self._pass("gate")
+
+    def before_update(self) -> None:
+        self._pass("before_update")
+
+    def after_update(self) -> None:
+        self._pass("after_update")
+
+    def checkpoint_written(self, step: Step) -> None:
+        self.calls.append(f"checkpoint {step}")
+
+    def finish(self, state_sha256: str) -> None:
+        self.calls.append("finish")
+
+    def _pass(self, call: str) -> None:
+        self.calls.append(call)
+        if self._interrupt is not None and self._interrupt[0] == call:
+            first, self._interrupt = self._interrupt[1], None
+            first()
+            raise Interrupted(Step(0))

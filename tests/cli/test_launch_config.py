@@ -1,0 +1,109 @@
+"""The launcher's configuration: torchrun's names, checked when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.runtime.framework import Moment
+from megatron_flashrecovery.runtime.launch_config import Deadlines, Fault, Injection, LaunchConfig
+
+
+def test_the_fields_are_these_and_a_new_one_is_a_decision():
+    assert [field.name for field in fields(LaunchConfig)] == [
+        "script",
+        "script_args",
+        "module",
+        "nnodes",
+        "nproc_per_node",
+        "node_rank",
+        "master_addr",
+        "master_port",
+        "rdzv_id",
+        "max_restarts",
+        "spares_per_node",
+        "log_dir",
+        "injections",
+        "preload",
+        "deadlines",
+        "token",
+    ]
+    assert [field.name for field in fields(Deadlines)] == [
+        "heartbeat_interval",
+        "heartbeat_timeout",
+        "drain_timeout",
+        "join_timeout",
+        "execute_timeout",
+    ]
+
+
+@pytest.mark.parametrize("moment", list(Moment))
+def test_an_injection_reads_back_what_it_writes(moment):
+    spec = f"kill:rank=5,step=6,at={moment.value}"
+    assert Injection.parse(spec) == Injection(5, 6, moment)
+    assert str(Injection.parse(spec)) == spec
+
+
+def test_the_fields_order_does_not_matter_and_the_signals_name_is_accepted():
+    assert Injection.parse("SIGKILL:at=mirror,step=1,rank=0") == Injection(0, 1, Moment.MIRROR, Fault.KILL)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        pytest.param("burn:rank=5,step=6,at=backward", "unknown fault 'burn'", id="fault"),
+        pytest.param("kill", "'' is not of the form key=value", id="empty"),
+        pytest.param("kill:rank=5,step=6", "at is missing", id="missing"),
+        pytest.param("kill:rank=5,step=6,at=lunch", "no moment 'lunch': at is one of forward backward", id="moment"),
+        pytest.param("kill:rank=5,step=6,at=mirror,by=me", "unknown key 'by'", id="key"),
+        pytest.param("kill:rank=-5,step=6,at=mirror", "rank=-5", id="negative"),
+        pytest.param("kill:rank=5,step=0,at=mirror", "step=0", id="step-zero"),
+        pytest.param("kill:rank=five,step=6,at=mirror", "rank=five", id="no-number"),
+    ],
+)
+def test_a_wrong_injection_is_named(spec, says):
+    with pytest.raises(ConfigError) as raised:
+        Injection.parse(spec)
+    assert says in str(raised.value)
+    assert spec in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        pytest.param({"nproc_per_node": 0}, "--nproc-per-node 0", id="no-ranks"),
+        pytest.param({"nnodes": 2, "node_rank": 2, "master_port": 1, "token": "x"}, "--node-rank 2", id="node-rank"),
+        pytest.param({"nnodes": 2, "token": "x"}, "--master-port is missing", id="no-port"),
+        pytest.param({"nnodes": 2, "master_port": 1}, "FLASHRECOVERY_TOKEN is not set", id="no-token"),
+        pytest.param({"master_port": 70000}, "--master-port 70000", id="port"),
+        pytest.param({"spares_per_node": -1}, "--spares-per-node -1", id="spares"),
+        pytest.param(
+            {"nproc_per_node": 4, "injections": (Injection(4, 1, Moment.MIRROR),)},
+            "no rank 4 in a job of 4",
+            id="injected-rank",
+        ),
+    ],
+)
+def test_a_wrong_configuration_is_refused_when_it_is_built(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        LaunchConfig(script="train.py", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"heartbeat_interval": 0.0}, id="zero"),
+        pytest.param({"heartbeat_interval": 5.0}, id="interval-beyond-timeout"),
+        pytest.param({"heartbeat_timeout": 30.0}, id="timeout-beyond-drain"),
+        pytest.param({"join_timeout": -1.0}, id="negative"),
+    ],
+)
+def test_deadlines_are_positive_and_in_order(settings):
+    with pytest.raises(ConfigError, match="--"):
+        Deadlines(**settings)
+
+
+def test_the_token_is_never_shown():
+    assert "secret" not in repr(LaunchConfig(script="train.py", token="secret"))

@@ -1,0 +1,134 @@
+"""`flashrecovery run` takes torchrun's flags, and refuses bad input in one line without touching anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_flashrecovery import cli
+from megatron_flashrecovery.commands import run
+from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.runtime.framework import Moment
+from megatron_flashrecovery.runtime.log_dir import claim
+
+OURS = {"--spares-per-node", "--inject", "--overwrite", "--no-preload", *(f"--{name}" for name in run._DEADLINES)}
+
+
+def parser():
+    arguments = Arguments(prog="run")
+    run.add_arguments(arguments)
+    return arguments
+
+
+def config(*argv, **environment):
+    return run.launch_config(parser().parse_args(list(argv)), environment)
+
+
+def test_the_flags_are_these_and_a_new_one_is_a_decision():
+    assert set(parser().flags()) - OURS == {
+        "--help",
+        "--nnodes",
+        "--nproc-per-node",
+        "--node-rank",
+        "--master-addr",
+        "--master-port",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--rdzv-id",
+        "--standalone",
+        "--max-restarts",
+        "--monitor-interval",
+        "--role",
+        "--module",
+        "--log-dir",
+    }
+
+
+def test_every_flag_of_torchrun_is_taken_or_refused_with_a_reason():
+    torchrun = pytest.importorskip("torch.distributed.run").get_args_parser()
+    theirs = {option.replace("_", "-") for action in torchrun._actions for option in action.option_strings}
+    known = {*parser().flags(), *run.UNSUPPORTED}
+    assert {flag for flag in theirs if flag.startswith("--")} - known == set()
+
+
+def test_dashes_and_underscores_are_alike_and_the_scripts_flags_are_left_alone():
+    found = config("--nproc_per_node=8", "--spares-per-node", "1", "train.py", "--lr", "1", "--nnodes", "7")
+    assert (found.nproc_per_node, found.spares_per_node, found.nnodes) == (8, 1, 1)
+    assert (found.script, found.script_args) == ("train.py", ("--lr", "1", "--nnodes", "7"))
+
+
+def test_several_nodes_meet_at_the_endpoint_with_a_token_from_the_environment():
+    argv = ["--nnodes", "2:2", "--node-rank", "1", "--rdzv-endpoint", "head:2950", "-m", "training"]
+    found = config(*argv, FLASHRECOVERY_TOKEN="secret")
+    assert (found.nnodes, found.node_rank, found.master_addr, found.master_port) == (2, 1, "head", 2950)
+    assert (found.module, found.token) == (True, "secret")
+
+
+def test_several_faults_may_be_injected():
+    spec = "kill:rank=0,step=6,at=between"
+    found = config("--nproc-per-node", "2", "--inject", spec, "--inject", spec, "train.py")
+    assert [(i.rank, i.at) for i in found.injections] == [(0, Moment.BETWEEN)] * 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        pytest.param(["--nproc-pernode", "8", "{script}"], "did you mean --nproc-per-node?", id="unknown-flag"),
+        pytest.param(["--tee", "3", "{script}"], "--tee is not supported", id="torchruns-only"),
+        pytest.param([], "SCRIPT", id="no-script"),
+        pytest.param(["nowhere.py"], "there is no script nowhere.py", id="script-missing"),
+        pytest.param(["-m", "no.such.module"], "there is no module no.such.module", id="module-missing"),
+        pytest.param(["--nnodes", "1:4", "{script}"], "--nnodes 1:4", id="elastic"),
+        pytest.param(["--nnodes", "2", "{script}"], "--node-rank is missing", id="node-rank-missing"),
+        pytest.param(["--nproc-per-node", "many", "{script}"], "--nproc-per-node many", id="no-number"),
+        pytest.param(["--inject", "kill:rank=5", "{script}"], "step is missing", id="spec"),
+        pytest.param(["--drain-timeout", "soon", "{script}"], "--drain-timeout", id="no-seconds"),
+        pytest.param(["--drain-timeout", "1", "{script}"], "is not longer than --heartbeat-timeout", id="deadlines"),
+        pytest.param(["--rdzv-endpoint", "a:1", "--master-addr", "b", "{script}"], "give one of them", id="twice"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(argv, says, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "train.py"
+    script.write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", *(word.format(script=script) for word in argv)], {}) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [script]
+
+
+@pytest.fixture
+def log_dir(tmp_path):
+    """With the records of an earlier run."""
+    for name in ("journal.jsonl", "steps.jsonl", "summary.json", "notes.txt"):
+        (tmp_path / name).write_text("precious")
+    return tmp_path
+
+
+def test_the_records_of_another_run_are_not_overwritten(log_dir, capsys):
+    assert cli.main(["run", "--log-dir", str(log_dir), __file__], {}) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert {path.read_text() for path in log_dir.iterdir()} == {"precious"}
+
+
+def test_overwrite_deletes_the_records_and_logs_and_nothing_else(log_dir):
+    (log_dir / "logs").mkdir()
+    (log_dir / "logs" / "rank0.log").write_text("of the earlier run")
+    claim(log_dir, overwrite=True)
+    assert sorted(path.name for path in log_dir.rglob("*")) == ["logs", "notes.txt"]
+
+
+def test_a_log_dir_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["run", "--log-dir", str(tmp_path / "file" / "dir"), __file__], {}) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_only_a_run_imports_torch():
+    code = "import sys; from megatron_flashrecovery import cli; cli.main(['plan', '--world-size', '0']); "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -1,0 +1,225 @@
+"""Job-sized groups: small operations use the tree, large ones a flat communicator, replacements touch few links."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_flashrecovery.comm.communicator import Severed
+from megatron_flashrecovery.comm.registry import GroupRegistry
+from megatron_flashrecovery.comm.startup_record import StartupRecord
+from megatron_flashrecovery.comm.tree import ancestors, preorder
+from megatron_flashrecovery.comm.tree_links import TreeLinks, children_of, parent_of
+from megatron_flashrecovery.core.ids import Epoch, Rank
+from megatron_flashrecovery.testing.parking import FakeParking
+
+SIZE = 8
+LOST = 1
+"""It has a parent and two children: no member touches more links."""
+
+
+def mine(rank: int, round_: int = 0, n: int = 7) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(100 * round_ + rank))
+
+
+def operations(rank: int, size: int, round_: int) -> dict[str, Any]:
+    """Everything that the tree carries, and one that it does not."""
+    found: dict[str, Any] = {}
+    for name, op in (("sum", dist.ReduceOp.SUM), ("max", dist.ReduceOp.MAX), ("product", dist.ReduceOp.PRODUCT)):
+        found[f"int {name}"] = (mine(rank, round_) * 3).long()
+        dist.all_reduce(found[f"int {name}"], op=op)
+        found[f"float {name}"] = mine(rank, round_)
+        dist.all_reduce(found[f"float {name}"], op=op)
+    found["float avg"] = mine(rank, round_)
+    dist.all_reduce(found["float avg"], op=dist.ReduceOp.AVG)
+    for root in (0, 6, 3):
+        found[f"broadcast {root}"] = mine(rank, round_)
+        dist.broadcast(found[f"broadcast {root}"], root)
+        reduced = (mine(rank, round_) * 3).long()
+        dist.reduce(reduced, root)
+        found[f"reduce {root}"] = reduced if rank == root else None
+        gathered = [torch.zeros(7) for _ in range(size)] if rank == root else None
+        dist.gather(mine(rank, round_), gathered, dst=root)
+        found[f"gather {root}"] = gathered
+    found["all_gather"] = [torch.zeros(7) for _ in range(size)]
+    dist.all_gather(found["all_gather"], mine(rank, round_))
+    found["all_gather_single"] = torch.zeros(7 * size)
+    dist.all_gather_single(found["all_gather_single"], mine(rank, round_))
+    found["objects"] = [None] * size
+    dist.all_gather_object(found["objects"], {"rank": rank})
+    dist.barrier()
+    return {name: numbers(value) for name, value in found.items()}
+
+
+def numbers(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return [numbers(each) for each in value] if isinstance(value, list) else value
+
+
+def registry_of(rank: int, size: int, store: Any, **options: Any) -> GroupRegistry:
+    registry = GroupRegistry(
+        rank=Rank(rank),
+        world_size=size,
+        store=store,
+        parking=FakeParking(),
+        timeout=timedelta(seconds=30),
+        **{"epoch": Epoch(0), "tree_above": 2, **options},
+    )
+    registry.install()
+    return registry
+
+
+def compared(rank: int, size: int, store: Any) -> Any:
+    dist.init_process_group("gloo", store=dist.PrefixStore("plain", store), rank=rank, world_size=size)
+    plain = operations(rank, size, 0)
+    dist.destroy_process_group()
+    registry = registry_of(rank, size, store)
+    dist.init_process_group("gloo")
+    world = next(iter(registry.groups.values()))
+    through_tree = operations(rank, size, 0)
+    assert world.communicator is None, "nothing so far needs a flat communicator"
+    large = torch.ones(100_000, dtype=torch.int64)
+    dist.all_reduce(large)
+    assert world.communicator is not None
+    assert large.unique().tolist() == [size]
+    return plain, through_tree
+
+
+def test_the_tree_gives_what_the_plain_group_gives(run_ranks):
+    for plain, through_tree in run_ranks(SIZE, compared, deadline=60):
+        for name, expected in plain.items():
+            if name in {"float sum", "float product", "float avg"}:
+                assert torch.allclose(torch.tensor(through_tree[name]), torch.tensor(expected)), name
+            else:
+                assert through_tree[name] == expected, name
+
+
+def undisturbed(rank: int, size: int, store: Any) -> Any:
+    registry_of(rank, size, store)
+    dist.init_process_group("gloo")
+    return operations(rank, size, 1), operations(rank, size, 2)
+
+
+def disturbed(rank: int, size: int, store: Any, record: bytes | None) -> Any:
+    if record is None:
+        registry = registry_of(rank, size, store)
+        dist.init_process_group("gloo")
+        world = next(iter(registry.groups.values()))
+        store.set(f"record/{rank}", registry.startup_record().to_bytes())
+        registry.stop_recording()
+        first = operations(rank, size, 1)
+        made = world.tree.links.made
+        if rank == LOST:
+            time.sleep(0.05)  # so that others are inside: not waited for, either way must work
+            os.kill(os.getpid(), signal.SIGKILL)
+        stop = threading.Thread(target=sever_when_lost, args=(store, registry))
+        stop.start()
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(mine(rank, 99))
+        stop.join()
+        registry.rebuild(registry.groups, Epoch(1))
+    else:
+        registry = registry_of(rank, size, store, epoch=Epoch(1), joining=StartupRecord.from_bytes(record))
+        dist.init_process_group("gloo")
+        world = next(iter(registry.groups.values()))
+        first, made = None, 0
+        registry.go_live(Epoch(1))
+    return first, operations(rank, size, 2), world.tree.links.made - made
+
+
+def sever_when_lost(store: Any, registry: GroupRegistry) -> None:
+    store.wait(["lost"], timedelta(seconds=30))
+    registry.sever(registry.groups, "a rank is lost")
+
+
+def test_a_replacement_relinks_its_own_links_only_and_no_bit_changes(run_ranks):
+    expected = run_ranks(SIZE, undisturbed)
+    run_ranks.prefix("disturbed")
+    started = [run_ranks.start(disturbed, rank, SIZE, None) for rank in range(SIZE)]
+    assert run_ranks.results([started[LOST]], deadline=30, dying=[0]) == [-9]
+    store = run_ranks.store()
+    store.set("lost", b"")
+    started[LOST] = run_ranks.start(disturbed, LOST, SIZE, store.get(f"record/{LOST}"))
+    results = run_ranks.results(started, deadline=40)
+    for rank, (first, second, _) in enumerate(results):
+        assert second == expected[rank][1]
+        assert first is None or first == expected[rank][0]
+    touched = {rank: made for rank, (_, _, made) in enumerate(results) if made}
+    assert touched == {LOST: 3, 0: 1, 3: 1, 4: 1}
+
+
+def freed(rank: int, size: int, store: Any) -> float:
+    registry = registry_of(rank, size, store)
+    dist.init_process_group("gloo")
+    if rank == 0:
+        store.wait(["blocked"], timedelta(seconds=30))
+        return 0.0
+    thread = threading.Thread(target=sever_oneself, args=(rank, size, store, registry))
+    thread.start()
+    with pytest.raises(Severed):
+        dist.all_reduce(torch.ones(1))
+    thread.join()
+    return time.monotonic() - float(store.get(f"severed {rank}"))
+
+
+def sever_oneself(rank: int, size: int, store: Any, registry: GroupRegistry) -> None:
+    while registry.standing() is None:
+        threading.Event().wait(0.002)
+    store.set(f"severed {rank}", str(time.monotonic()))
+    registry.sever(registry.groups, "a test")
+    if store.add("inside", 1) == size - 1:
+        store.set("blocked", b"")
+
+
+def test_a_member_inside_the_tree_is_freed_by_severing(run_ranks):
+    assert max(run_ranks(4, freed)) < 1.0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 100, 4800])
+def test_the_tree_reaches_everybody_once_with_three_links_at_most(size):
+    assert sorted(preorder(0, size)) == list(range(size))
+    for member in range(0, size, max(1, size // 50)):
+        assert len(children_of(member, size)) + (member > 0) <= 3
+        assert all(parent_of(child) == member for child in children_of(member, size))
+        assert ancestors(member)[-1] == 0
+        assert len(ancestors(member)) <= size.bit_length()
+
+
+def linked(member: int, size: int, store: Any, links: TreeLinks, epoch: int, made: list[int]) -> None:
+    before = links.made
+    links.relink(store, epoch)
+    made[member] = links.made - before
+
+
+def test_relinking_counts_do_not_grow_with_the_group():
+    """Threads for members: what one replacement costs all others together, for growing groups."""
+    for size in (3, 15, 60):
+        stores = dist.HashStore()
+        members = [TreeLinks(member, size, timeout=30) for member in range(size)]
+        for epoch, lost in ((0, None), (1, 1)):
+            if lost is not None:
+                members[lost].close()
+                members[lost] = TreeLinks(lost, size, timeout=30)
+            made = [0] * size
+            threads = [
+                threading.Thread(
+                    target=linked, args=(m, size, dist.PrefixStore(str(epoch), stores), members[m], epoch, made)
+                )
+                for m in range(size)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sum(made) == (2 * (size - 1) if lost is None else 2 * (1 + len(children_of(1, size))))
+        for links in members:
+            links.close()

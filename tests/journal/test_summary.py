@@ -1,0 +1,105 @@
+"""Records for other programs: exact, complete at every moment, and a step once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.runtime.summary import (
+    GroupTally,
+    PhaseSeconds,
+    RecoveryRecord,
+    StepLine,
+    StepLog,
+    Summary,
+    read_steps,
+    read_summary,
+    replace_file,
+    write_summary,
+)
+
+SECONDS = PhaseSeconds(0.01, 0.02, 0.5, 0.1, 0.2, 0.4, 1.23)
+RECOVERY = RecoveryRecord(
+    Epoch(1), "killed by SIGKILL", (Rank(5),), Step(5), 1, SECONDS, GroupTally(6, 10), {Rank(5): "mirror of rank 7"}
+)
+SUMMARY = Summary(world_size=8, steps=12, state_sha256={Rank(0): "ab"}, recoveries=(RECOVERY,))
+
+
+def line(step, loss=2.5, epoch=0):
+    return StepLine.of(Step(step), loss, 0.1, Epoch(epoch), 0.4)
+
+
+def test_a_summary_has_the_fields_that_others_script_against(tmp_path):
+    write_summary(tmp_path, SUMMARY)
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "world_size": 8,
+        "steps": 12,
+        "state_sha256": {"0": "ab"},
+        "recoveries": [
+            {
+                "epoch": 1,
+                "cause": "killed by SIGKILL",
+                "lost_ranks": [5],
+                "resume_step": 5,
+                "steps_recomputed": 1,
+                "seconds": {
+                    "detect": 0.01,
+                    "park": 0.02,
+                    "replace": 0.5,
+                    "rebuild": 0.1,
+                    "restore": 0.2,
+                    "first_step": 0.4,
+                    "total": 1.23,
+                },
+                "groups": {"rebuilt": 6, "kept": 10},
+                "source": {"5": "mirror of rank 7"},
+            }
+        ],
+    }
+    assert read_summary(tmp_path) == SUMMARY
+
+
+def test_a_step_has_the_fields_that_others_script_against(tmp_path):
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.record(line(1))
+    assert json.loads((tmp_path / "steps.jsonl").read_text()) == {
+        "step": 1,
+        "loss": 2.5,
+        "loss_hex": "0x1.4000000000000p+1",
+        "grad_norm_hex": "0x1.999999999999ap-4",
+        "epoch": 0,
+        "seconds": 0.4,
+    }
+
+
+def test_a_step_is_recorded_once_however_often_it_was_computed(tmp_path):
+    log = StepLog(tmp_path / "steps.jsonl")
+    assert [log.record(line(step, epoch=epoch)) for step, epoch in [(1, 0), (2, 0), (2, 1), (3, 1)]] == [None] * 4
+    assert [(found.step, found.epoch) for found in read_steps(tmp_path)] == [(1, 0), (2, 0), (3, 1)]
+    assert log.steps == 3
+
+
+def test_a_step_that_comes_out_differently_is_told_and_the_newer_result_stays(tmp_path):
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.record(line(1))
+    log.record(line(2))
+    said = log.record(line(2, loss=2.75, epoch=1))
+    assert "step 2 came out differently" in (said or "")
+    log.record(line(3))
+    assert [found.loss for found in read_steps(tmp_path)] == [2.5, 2.75, 2.5]
+
+
+@pytest.mark.parametrize(("loss", "text"), [(None, None), (float("nan"), "nan"), (float("-inf"), "-inf")])
+def test_a_loss_that_json_has_no_number_for_is_told_by_its_hex_form(loss, text, tmp_path):
+    StepLog(tmp_path / "steps.jsonl").record(line(1, loss=loss))
+    (found,) = read_steps(tmp_path)
+    assert (found.loss, found.loss_hex) == (None, text)
+
+
+def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    replace_file(path, b"new")
+    assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"file": "new"}

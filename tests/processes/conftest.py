@@ -1,0 +1,52 @@
+"""Undisturbed runs are made once and compared with many times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol
+
+import pytest
+
+from megatron_flashrecovery.runtime.launch_config import Injection
+from tests.processes.launcher import Job, Outcome, run
+
+
+class Equal(Protocol):
+    def __call__(self, job: Job, outcome: Outcome, also_lost: tuple[int, ...] = ()) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], Outcome]:
+    """The same job without any fault."""
+    made: dict[tuple[object, ...], Outcome] = {}
+
+    def of(job: Job) -> Outcome:
+        key = (job.script, job.ranks, job.arguments)
+        if key not in made:
+            calm = replace(job, injections=(), flags=())
+            made[key] = run(calm, tmp_path_factory.mktemp("undisturbed") / "run")
+            assert made[key].exit_code == 0, made[key].said
+        return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def assert_equal(undisturbed: Callable[[Job], Outcome]) -> Equal:
+    """Bit for bit what the run without the fault gives, and nobody lost who was not killed."""
+
+    def check(job: Job, outcome: Outcome, also_lost: tuple[int, ...] = ()) -> None:
+        assert outcome.exit_code == 0, outcome.said
+        calm = undisturbed(job)
+        assert outcome.results() == calm.results()
+        assert outcome.state == calm.state
+        # Equal bits alone prove little: ranks that die of a bug of ours are replaced, too.
+        lost = sorted(rank for recovery in outcome.recoveries for rank in recovery.lost_ranks)
+        assert lost == sorted([*(_rank(spec) for spec in job.injections), *also_lost])
+
+    return check
+
+
+def _rank(spec: str) -> int:
+    return Injection.parse(spec).rank

@@ -1,0 +1,155 @@
+"""Run ``flashrecovery run`` as a user would, and read what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_flashrecovery.runtime.journal import Line, read_journal
+from megatron_flashrecovery.runtime.summary import RecoveryRecord, StepLine, Summary, read_steps, read_summary
+
+ROOT = Path(__file__).parents[2]
+TOY = ROOT / "tests" / "processes" / "train_toy.py"
+GPT = ROOT / "pretrain_examples" / "pretrain_gpt.py"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run. ``arguments`` are the script's, ``flags`` the launcher's."""
+
+    script: Path = TOY
+    ranks: int = 4
+    arguments: tuple[str, ...] = ()
+    injections: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def command(self, log_dir: Path) -> list[str]:
+        injected = [part for spec in self.injections for part in ("--inject", spec)]
+        return [
+            *(sys.executable, "-m", "megatron_flashrecovery", "run"),
+            *("--nproc-per-node", str(self.ranks), "--log-dir", str(log_dir)),
+            *injected,
+            *self.flags,
+            str(self.script),
+            *self.arguments,
+        ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    log_dir: Path
+    exit_code: int
+    said: str
+
+    @property
+    def summary(self) -> Summary:
+        return read_summary(self.log_dir)
+
+    @property
+    def steps(self) -> tuple[StepLine, ...]:
+        return read_steps(self.log_dir)
+
+    @property
+    def recoveries(self) -> tuple[RecoveryRecord, ...]:
+        return self.summary.recoveries
+
+    def journal(self, name: str) -> list[Line]:
+        return [line for line in read_journal(self.log_dir / "journal.jsonl") if line.name == name]
+
+    def results(self) -> list[tuple[int, str | None, str | None]]:
+        """What must be equal bit for bit: losses and norms, and the final state under ``state``."""
+        return [(line.step, line.loss_hex, line.grad_norm_hex) for line in self.steps]
+
+    @property
+    def state(self) -> dict[int, str]:
+        return dict(self.summary.state_sha256)
+
+
+class Running:
+    """A job that has not ended yet."""
+
+    def __init__(self, log_dir: Path, process: subprocess.Popen[str]) -> None:
+        self.log_dir = log_dir
+        self.process = process
+
+    def wait_for(self, claim: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not claim():
+            assert self.process.poll() is None, f"the job ended before {what}"
+            assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+            time.sleep(0.005)
+
+    def pids(self) -> dict[int, int]:
+        """The newest process of each rank, by what the journal says."""
+        found: dict[int, int] = {}
+        for line in self._journal("WorkerStarted"):
+            found[int(line.body["rank"])] = int(line.body["pid"])
+        return found
+
+    def steps_done(self) -> int:
+        path = self.log_dir / "steps.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+    def count(self, name: str) -> int:
+        return len(self._journal(name))
+
+    def _journal(self, name: str) -> list[Line]:
+        path = self.log_dir / "journal.jsonl"
+        return [line for line in read_journal(path) if line.name == name] if path.exists() else []
+
+
+@contextmanager
+def started(job: Job, log_dir: Path) -> Iterator[Running]:
+    """The job, in a session of its own; whatever is left of it at the end is ended, and that is a failure."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **job.environment}
+    process = subprocess.Popen(
+        job.command(log_dir),
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield Running(log_dir, process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def run(job: Job, log_dir: Path, timeout: float = 120.0) -> Outcome:
+    with started(job, log_dir) as running:
+        said, _ = running.process.communicate(timeout=timeout)
+    assert_nothing_is_left(running.process.pid)
+    return Outcome(log_dir, running.process.returncode, said)
+
+
+def assert_nothing_is_left(session: int) -> None:
+    """Every process of the job's session is gone, within a moment of its end."""
+    deadline = time.monotonic() + 5.0
+    while left := _of_session(session):
+        assert time.monotonic() < deadline, f"processes {left} are left of the job"
+        time.sleep(0.01)
+
+
+def _of_session(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # it has just ended
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,111 @@
+"""The main job, real megatron-core at TP2 x PP2 x DP2: bit for bit, whoever is killed, whenever, with which optimizer.
+
+A sample runs with ``make test``, every rank at every moment with ``make storm``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.processes.conftest import Equal
+from tests.processes.launcher import GPT, Job, Outcome, run, started
+
+RECOVERY = "--enable-flash-recovery"
+STEPS = ("--train-iters", "9")
+OPTIMIZERS = {
+    "distributed": (),
+    "plain": ("--no-use-distributed-optimizer",),
+    "overlap": ("--overlap-grad-reduce", "--overlap-param-gather"),
+    "plain-overlap-bf16": ("--no-use-distributed-optimizer", "--overlap-grad-reduce", "--bf16"),
+    "log-3": ("--log-interval", "3"),
+    "bf16-dropout": ("--bf16", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"),
+}
+MOMENTS = ("forward", "backward", "grad_sync", "optimizer", "mirror", "between")
+# (optimizer, rank, moment): every rank, every moment and every optimizer at least once.
+SAMPLE = (
+    ("distributed", 5, "backward"),
+    ("distributed", 2, "between"),
+    ("plain", 1, "optimizer"),
+    ("plain", 6, "grad_sync"),
+    ("overlap", 0, "forward"),
+    ("overlap", 3, "optimizer"),
+    ("plain-overlap-bf16", 4, "mirror"),
+    ("log-3", 7, "backward"),
+    ("bf16-dropout", 5, "optimizer"),
+)
+
+
+def gpt(*arguments: str, injections: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> Job:
+    return Job(GPT, ranks=8, arguments=(RECOVERY, *STEPS, *arguments), injections=injections, flags=flags)
+
+
+def kill(rank: int, step: int, at: str) -> str:
+    return f"kill:rank={rank},step={step},at={at}"
+
+
+def check_one_kill(directory: Path, assert_equal: Equal, optimizer: str, rank: int, at: str) -> Outcome:
+    job = gpt(*OPTIMIZERS[optimizer], injections=(kill(rank, 4, at),))
+    outcome = run(job, directory / "run")
+    assert_equal(job, outcome)
+    (recovery,) = outcome.recoveries
+    assert recovery.steps_recomputed <= 1
+    assert recovery.groups.kept > 0
+    return outcome
+
+
+@pytest.mark.parametrize(("optimizer", "rank", "at"), SAMPLE)
+def test_a_kill_changes_no_bit(tmp_path: Path, assert_equal: Equal, optimizer: str, rank: int, at: str) -> None:
+    check_one_kill(tmp_path, assert_equal, optimizer, rank, at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", MOMENTS)
+@pytest.mark.parametrize("rank", range(8))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_kill_of_any_rank_at_any_moment_changes_no_bit(
+    tmp_path: Path, assert_equal: Equal, optimizer: str, rank: int, at: str
+) -> None:
+    check_one_kill(tmp_path, assert_equal, optimizer, rank, at)
+
+
+@pytest.mark.parametrize(
+    "injections",
+    [
+        pytest.param((kill(5, 4, "backward"), kill(2, 4, "backward")), id="two-dp-groups-at-once"),
+        pytest.param((kill(0, 3, "forward"), kill(5, 4, "optimizer"), kill(6, 5, "backward")), id="three-steps-in-a-row"),
+        pytest.param((kill(3, 1, "backward"),), id="before-the-first-step-ends"),
+        pytest.param((kill(5, 4, "backward"), kill(7, 4, "backward")), id="a-rank-and-its-host"),
+    ],
+)
+def test_losses_together_and_in_a_row_change_no_bit(
+    tmp_path: Path, assert_equal: Equal, injections: tuple[str, ...]
+) -> None:
+    job = gpt(injections=injections)
+    assert_equal(job, run(job, tmp_path / "run"))
+
+
+def test_a_kill_while_a_checkpoint_is_saved_leaves_a_whole_one(tmp_path: Path, assert_equal: Equal) -> None:
+    saved = tmp_path / "checkpoints"
+    job = gpt("--save", str(saved), "--save-interval", "4")
+    with started(job, tmp_path / "run") as running:
+        running.wait_for(saved.exists, "the first checkpoint")
+        os.kill(running.pids()[5], signal.SIGKILL)
+        said, _ = running.process.communicate(timeout=90)
+    outcome = Outcome(tmp_path / "run", running.process.returncode, said)
+    assert_equal(gpt(), outcome, also_lost=(5,))
+    restarted = run(gpt("--load", str(saved), "--train-iters", "9"), tmp_path / "restarted")
+    assert restarted.exit_code == 0, restarted.said
+
+
+def test_without_any_copy_the_job_falls_back_to_the_checkpoint(tmp_path: Path, assert_equal: Equal) -> None:
+    plain = ("--no-use-distributed-optimizer",)
+    save = ("--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved"), "--save-interval", "3")
+    job = gpt(*plain, *save, injections=(kill(5, 6, "backward"), kill(7, 6, "backward")))
+    outcome = run(job, tmp_path / "run")
+    assert outcome.exit_code == 0, outcome.said
+    assert "all workers start again, from the newest checkpoint" in outcome.said
+    assert [line.step for line in outcome.steps] == list(range(1, 10))

@@ -1,0 +1,148 @@
+"""When what goes wrong in a simulated run: the faults of its settings, and spares that come late or never."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.core.messages import NodeLost
+from tests.simulation.settings import Fault
+
+if TYPE_CHECKING:
+    from tests.simulation.worker import Worker
+    from tests.simulation.world import World
+
+
+class BadLuck:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.armed = list(world.settings.faults)
+        self.due: list[tuple[int, Fault]] = []
+        self.has_struck = False
+        self.corrupt_next = 0
+        self.spares = world.settings.spares
+        self.spare_at: float | None = None
+        self.paused: list[tuple[int, Worker]] = []
+
+    def consider(self) -> None:
+        """Whatever is due happens now."""
+        world = self.world
+        if self.armed:
+            share = world.turns / world.total_turns
+            for fault in [fault for fault in self.armed if fault.when == "turn" and fault.share <= share]:
+                self._trigger(fault)
+        if self.due:
+            for entry in [entry for entry in self.due if entry[0] <= world.events]:
+                self.due.remove(entry)
+                self._strike(entry[1])
+        if self.paused:
+            for entry in [entry for entry in self.paused if entry[0] <= world.events]:
+                self.paused.remove(entry)
+                if entry[1].is_alive:
+                    world.thaw(entry[1])
+        if self.spare_at is not None and world.now >= self.spare_at:
+            self._add_spare()
+
+    def on_phase(self, phase: str, worker: Worker | None = None) -> None:
+        """A phase begins: faults that wait for it may strike, one at a time."""
+        for fault in self.armed:
+            if fault.when == phase or (fault.when == "end" and phase == "Finished"):
+                self._trigger(fault)
+                return
+
+    def _trigger(self, fault: Fault) -> None:
+        self.armed.remove(fault)
+        self.due.append((self.world.events + fault.delay, fault))
+
+    def pass_time(self) -> bool:
+        """Nothing else can happen: bring on what would happen later. False if there is nothing."""
+        if self.due:
+            self.due.sort(key=lambda entry: entry[0])
+            self._strike(self.due.pop(0)[1])
+            return True
+        if self.paused:
+            _, worker = self.paused.pop(0)
+            if worker.is_alive:
+                self.world.thaw(worker)
+            return True
+        deadline = self.world.job.next_deadline
+        if self.spare_at is not None and (deadline is None or self.spare_at <= deadline):
+            self.world.now = max(self.world.now, self.spare_at)
+            self._add_spare()
+            return True
+        if deadline is None:
+            # A hang without a loss: something outside the core notices it.
+            for worker in self.world.living():
+                if worker.is_hung:
+                    worker.agent.lose([worker.rank], "hangs")
+                    return True
+        return False
+
+    def _add_spare(self) -> None:
+        self.spare_at = None
+        self.spares -= 1
+        self.world.add_spare(self.spares)
+
+    def corrupts(self) -> bool:
+        if self.corrupt_next:
+            self.corrupt_next -= 1
+            return True
+        return False
+
+    # --- striking ----------------------------------------------------------------------------------------------------
+
+    def _strike(self, fault: Fault) -> None:
+        victims = self._victims(fault.victims)
+        if not victims:
+            return
+        self.has_struck = True
+        match fault.kind:
+            case "kill":
+                by_node: dict[str, list[Worker]] = {}
+                for victim in victims:
+                    by_node.setdefault(victim.agent.node, []).append(victim)
+                for group in by_node.values():
+                    group[0].agent.lose([victim.rank for victim in group], "killed by SIGKILL")
+            case "hang":
+                victims[0].is_hung = True
+            case "pause":
+                victims[0].is_hung = True
+                self.paused.append((self.world.events + 50 + self.world.pick(1500), victims[0]))
+            case "corrupt":
+                self.corrupt_next += 1
+            case "node":
+                self._lose_node(victims[0])
+
+    def _lose_node(self, victim: Worker) -> None:
+        agent = victim.agent
+        for worker in list(agent.workers.values()):
+            if worker.is_alive:
+                worker.is_alive = False
+                self.world.on_worker_ended(worker)
+        agent.is_alive = False
+        self.world.tell(NodeLost(agent.node, "connection closed"))
+        if self.spares and self.spare_at is None:
+            self.spare_at = self.world.now + self.world.settings.spare_delay
+
+    def _victims(self, who: str) -> list[Worker]:
+        world = self.world
+        living = world.living()
+        if not living:
+            return []
+        first = living[world.pick(len(living))]
+        ranks: set[Rank] = {first.rank}
+        match who:
+            case "two" | "three":
+                for _ in range(1 if who == "two" else 2):
+                    ranks.add(living[world.pick(len(living))].rank)
+            case "host and guest":
+                ranks.add(world.settings.host_of[first.rank])
+            case "replacement":
+                replacements = [worker for worker in living if not worker.member.is_first]
+                if replacements:
+                    return [replacements[world.pick(len(replacements))]]
+            case "peers":
+                ranks.update(first.model.groups[first.keys["dp"]])
+            case "all":
+                ranks.update(worker.rank for worker in living)
+        return [worker for worker in living if worker.rank in ranks]

@@ -1,0 +1,162 @@
+"""What one seed decides about a simulated job before it starts: its layout, its framework, its bad luck."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+
+from megatron_flashrecovery.core.ids import GroupKey, NodeId, Rank
+from megatron_flashrecovery.core.job import JobConfig
+
+LAYOUTS = [(2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 4, 2), (2, 2, 3), (2, 4, 2), (1, 1, 8), (2, 2, 4), (4, 1, 2), (1, 2, 2)]
+PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything that the numbers of a run depend on. ``norm`` is the group of the gradient norm, if there is one."""
+
+    tp: int
+    pp: int
+    dp: int
+    steps: int
+    microbatches: int
+    buckets: int
+    sharded: bool
+    norm: str | None
+    chained: bool
+    loss: bool
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @cached_property
+    def groups(self) -> dict[GroupKey, tuple[Rank, ...]]:
+        members: dict[str, list[Rank]] = {}
+        for index in range(self.size):
+            for kind in PARALLEL:
+                if (key := self.key(Rank(index), kind)) is not None:
+                    members.setdefault(key, []).append(Rank(index))
+        return {GroupKey(key): tuple(ranks) for key, ranks in members.items()}
+
+    def place(self, rank: Rank) -> tuple[int, int, int]:
+        """Tensor, pipeline and data parallel position."""
+        return rank % self.tp, rank // (self.tp * self.dp), rank // self.tp % self.dp
+
+    def rank_at(self, tp: int, pp: int, dp: int) -> Rank:
+        return Rank(tp + self.tp * (dp + self.dp * pp))
+
+    def key(self, rank: Rank, kind: str) -> GroupKey | None:
+        tp, pp, dp = self.place(rank)
+        if kind == "embedding" and (self.pp < 2 or pp not in (0, self.pp - 1)):
+            return None
+        where = {"tp": (pp, dp), "pp": (tp, dp), "dp": (tp, pp), "mp": (dp,), "world": (), "embedding": (tp, dp)}[kind]
+        return GroupKey(kind + "".join(f"-{index}" for index in where))
+
+    @property
+    def agreement(self) -> str | None:
+        """The group of the message without which the reductions after the gate would not connect all ranks."""
+        if self.norm == "world":
+            return None
+        return "dp" if self.norm == "mp" else "world"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``when``: a moment, as a share of the main-thread turns of a run or as the phase that begins; ``victims``: who."""
+
+    when: str
+    share: float
+    delay: int
+    victims: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One simulated run. ``off`` names protections that are switched off, to see whether the checks notice."""
+
+    seed: int
+    model: Model
+    nodes: int
+    config: JobConfig
+    faults: tuple[Fault, ...]
+    spares: int
+    spare_delay: float
+    is_eager: bool = True
+    returns_garbage: bool = False
+    parks_at_write: bool = True
+    keeps_told_last: bool = True
+    notice: float = 0.3
+    checkpoint_every: int = 0
+    off: frozenset[str] = frozenset()
+
+    @cached_property
+    def seats(self) -> dict[NodeId, tuple[Rank, ...]]:
+        per_node = -(-self.model.size // self.nodes)
+        ranks = [Rank(index) for index in range(self.model.size)]
+        blocks = [ranks[start : start + per_node] for start in range(0, len(ranks), per_node)]
+        return {NodeId(f"n{index}"): tuple(block) for index, block in enumerate(blocks)}
+
+    @cached_property
+    def host_of(self) -> dict[Rank, Rank]:
+        shift = 1 if self.nodes == 1 else -(-self.model.size // self.nodes)
+        return {Rank(index): Rank((index + shift) % self.model.size) for index in range(self.model.size)}
+
+
+def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
+    """Everything about a run follows from its seed."""
+    rng = Random(f"settings {seed}")
+    tp, pp, dp = rng.choice(LAYOUTS)
+    sharded = rng.random() < 0.5
+    model = Model(
+        tp,
+        pp,
+        dp,
+        steps=rng.choice([2, 3, 4]),
+        microbatches=rng.choice([1, 2]),
+        buckets=rng.choice([0, 1, 2]),
+        sharded=sharded,
+        norm=rng.choice(["world", "world", None] if sharded else ["mp", "mp", "world", None]),
+        chained=rng.random() < 0.2,
+        loss=rng.random() < 0.5,
+    )
+    patience = rng.choice([1.0, 1.0, 1.0, 0.1])
+    config = JobConfig(
+        drain_timeout=6.0 * patience,
+        drain_grace=0.3,
+        join_timeout=10.0 * patience,
+        execute_timeout=10.0 * patience,
+        max_rounds=rng.choice([2, 3]),
+        max_restarts=3,
+    )
+    nodes = rng.choice([1, 2, 2, 3, 4])
+    return Settings(
+        seed,
+        model,
+        nodes,
+        config,
+        faults=tuple(_draw_fault(rng, nodes) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4]))),
+        spares=rng.choice([0, 1, 1, 2]),
+        spare_delay=rng.choice([0.0, 0.5, 5.0]),
+        is_eager=rng.random() < 0.6,
+        returns_garbage=rng.random() < 0.4,
+        parks_at_write=rng.random() < 0.5,
+        keeps_told_last=rng.random() < 0.8,
+        notice=rng.choice([0.0, 0.3, 1.0]),
+        checkpoint_every=rng.choice([0, 0, 1, 2]),
+        off=off,
+    )
+
+
+def _draw_fault(rng: Random, nodes: int) -> Fault:
+    kinds = ["kill"] * 8 + ["hang", "pause", "corrupt"] + (["node"] * 2 if nodes > 1 else [])
+    return Fault(
+        when=rng.choice(["turn"] * 6 + ["Draining", "Staffing", "Executing", "Training", "WRITING", "Starting", "end"]),
+        share=rng.random(),
+        delay=rng.choice([0, 0, 3, 10, 30, 100, 300]),
+        victims=rng.choice(["one"] * 6 + ["two", "three", "host and guest", "replacement", "peers", "all"]),
+        kind=rng.choice(kinds),
+    )

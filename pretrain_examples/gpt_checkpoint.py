@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -36,6 +38,7 @@ def save_checkpoint(
     torch.distributed.barrier()
     state = _sharded_state(model, optimizer, is_loading=False)
     state |= {"scheduler": scheduler.state_dict(), "step": step}
+    _collect_results_here()
     dist_checkpointing.save(state, str(target))
     if torch.distributed.get_rank() == 0:
         partial = directory / f".{_MARKER}"
@@ -43,6 +46,7 @@ def save_checkpoint(
         partial.rename(directory / _MARKER)
 
 
+@torch.no_grad()  # in fp32 megatron-core loads into views of parameters
 def load_checkpoint(
     directory: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> int:
@@ -55,7 +59,7 @@ def load_checkpoint(
     state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(target))
     model.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    _separate_step_counters(optimizer)
+    _count_per_parameter(optimizer)
     scheduler.load_state_dict(state["scheduler"])
     _set_random_state(state["random"])
     return int(state["step"])
@@ -74,6 +78,12 @@ def _sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer,
     }
 
 
+def _collect_results_here() -> None:
+    """Nothing is saved in the background, so megatron-core need not start one more process per rank to gather results in,
+    which would import everything once more."""
+    filesystem_async._results_queue = filesystem_async._results_queue or SimpleQueue()
+
+
 def _make_adam_state(optimizer: MegatronOptimizer) -> None:
     """megatron-core reads the step counters that the distributed optimizer is to overwrite, and torch's Adam makes them in
     its first update."""
@@ -86,12 +96,17 @@ def _make_adam_state(optimizer: MegatronOptimizer) -> None:
                 inner.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
-def _separate_step_counters(optimizer: MegatronOptimizer) -> None:
-    """megatron-core loads one tensor as the counter of every parameter, and an update would count it up once for each."""
+def _count_per_parameter(optimizer: MegatronOptimizer) -> None:
+    """Torch's Adam counts steps per parameter. megatron-core leaves what it has loaded in the parameter groups, or gives
+    all parameters one tensor, which an update would count up once for each of them."""
     for inner in optimizer.chained_optimizers:
-        for state in inner.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+        if not isinstance(inner.optimizer, torch.optim.Adam):
+            continue
+        for group in inner.optimizer.param_groups:
+            loaded = group.pop("step", None)
+            for parameter in group["params"]:
+                state = inner.optimizer.state[parameter]
+                state["step"] = state["step"].clone() if loaded is None else torch.tensor(float(loaded))
 
 
 def _sharded_random_state() -> ShardedObject:

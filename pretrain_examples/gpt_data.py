@@ -106,5 +106,5 @@ def _write_indexed_dataset(sources: Sequence[Path], prefix: Path) -> None:
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
     for source in sources:
         text = source.read_bytes().replace(b"\0", b"") + b"\0"
-        builder.add_document(torch.frombuffer(bytearray(text), dtype=torch.uint8), [len(text)])
+        builder.add_document(numpy.frombuffer(text, dtype=numpy.uint8), [len(text)])
     builder.finalize(f"{prefix}.idx")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import stat
 import threading
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,7 @@ from megatron_flashrecovery.comm.communicator import TRANSPORTS, GroupIdentity
 
 _MEMBER = re.compile(r"^tfd:\s*(\d+)\s.*\bino:([0-9a-f]+)\b", re.MULTILINE)
 _CONNECT = timedelta(seconds=30)
+_ATTEMPTS = 20
 _DEVICE_LOCK = threading.Lock()
 
 
@@ -80,18 +82,24 @@ class GlooTransport:
 
 def _create_devices() -> tuple[list[dist.ProcessGroupGloo.Device], tuple[int, ...]]:
     """One device per interface of ``GLOO_SOCKET_IFNAME``, as torch would make them, with their epoll descriptors."""
-    make = dist.ProcessGroupGloo
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-    devices, epolls = [], []
     with _DEVICE_LOCK:
-        for interface in interfaces or [""]:
-            known = {inode for epoll in _epolls() for _, inode in _members(epoll)}
-            devices.append(make.create_device(interface=interface) if interface else make.create_default_device())
-            fresh = [epoll for epoll in _epolls() if _is_new_device(epoll, known)]
-            if len(fresh) != 1:
-                raise RuntimeError(f"cannot tell the event loop of a new gloo device from {len(fresh)} candidates")
-            epolls.append(fresh[0])
-    return devices, tuple(epolls)
+        made = [_create_device(interface) for interface in interfaces or [""]]
+    return [device for device, _ in made], tuple(epoll for _, epoll in made)
+
+
+def _create_device(interface: str) -> tuple[dist.ProcessGroupGloo.Device, int]:
+    make = dist.ProcessGroupGloo
+    for _ in range(_ATTEMPTS):
+        known = {inode for epoll in _epolls() for _, inode in _members(epoll)}
+        device = make.create_device(interface=interface) if interface else make.create_default_device()
+        fresh = [epoll for epoll in _epolls() if _is_new_device(epoll, known)]
+        # Gloo's loop is woken through a pipe, others through an eventfd or a socket.
+        likely = [epoll for epoll in fresh if _has_pipe(epoll)] if len(fresh) > 1 else fresh
+        if len(likely) == 1:
+            return device, likely[0]
+        # Somebody made an event loop for a listening socket in the same microseconds: it is known the next time.
+    raise RuntimeError(f"cannot tell the event loop of a new gloo device from {len(fresh)} candidates")
 
 
 def _epolls() -> list[int]:
@@ -107,8 +115,7 @@ def _epolls() -> list[int]:
 
 def _is_new_device(epoll: int, known: set[int]) -> bool:
     """One listening TCP socket that no event loop had before, and no other socket. The number of the descriptor says
-    nothing: it may have belonged to a device that is being closed. Another library's loop may appear in the same
-    microseconds, but not with this in it."""
+    nothing: it may have belonged to a device that is being closed."""
     members = _members(epoll)
     sockets = [held for descriptor, inode in members if (held := _hold(descriptor, inode)) is not None]
     try:
@@ -121,6 +128,17 @@ def _is_new_device(epoll: int, known: set[int]) -> bool:
     finally:
         for held in sockets:
             held.close()
+
+
+def _has_pipe(epoll: int) -> bool:
+    for descriptor, inode in _members(epoll):
+        try:
+            status = os.fstat(descriptor)
+        except OSError:
+            continue
+        if stat.S_ISFIFO(status.st_mode) and status.st_ino == inode:
+            return True
+    return False
 
 
 def _members(epoll: int) -> list[tuple[int, int]]:

@@ -35,8 +35,6 @@ def nccl_environment() -> Mapping[str, str]:
         "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
         "TORCH_NCCL_PROPAGATE_ERROR": "0",
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(_HEARTBEAT_SECONDS),
-        # Dumping on a timeout reads the store of rank 0 and may hold an abort up for a minute.
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     }
 
 
@@ -53,7 +51,7 @@ def contradictions(environ: Mapping[str, str]) -> list[str]:
             f"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC={heartbeat} is shorter than a fence may take: "
             f"use at least {_HEARTBEAT_SECONDS}, or unset it"
         )
-    # The old spellings win over the new ones in some torch versions.
+    # The old spellings are read as well, and blocking waits end with an abort that is not ours.
     wrong += [
         f"{name} contradicts flash recovery: unset it"
         for name in ("NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT", "TORCH_NCCL_BLOCKING_WAIT")
@@ -78,8 +76,7 @@ class NcclTransport:
         self.backend._set_sequence_number_for_group()
 
     def connect(self) -> None:
-        # Eagerly, or the first to come would set it up while others are still restoring: a hang that looks like a
-        # fault.
+        # Eagerly, or the first operation after a recovery would wait for whoever is late, and look like a hang.
         device = self._device or torch.device("cuda", torch.cuda.current_device())
         self.backend.eager_connect_single_device(device)
 
@@ -101,6 +98,8 @@ class NcclTransport:
     def sever_batch(transports: Sequence[NcclTransport]) -> None:
         """Abort all of them as one batch, on a thread of its own; ``settle`` waits for it."""
         transports = [transport for transport in transports if not transport._aborting.is_set()]
+        if not transports:
+            return
         for transport in transports:
             transport._aborting.set()
         threading.Thread(target=_abort, args=(tuple(transports),), name="flashrecovery-abort", daemon=True).start()
@@ -143,10 +142,8 @@ def _abort(transports: Sequence[NcclTransport]) -> None:
 
 def _options(identity: GroupIdentity) -> dist.ProcessGroupNCCL.Options:
     """A copy of the user's, so that a later communicator starts from the same."""
-    options = dist.ProcessGroupNCCL.Options()
-    if identity.options is not None:
-        options.is_high_priority_stream = identity.options.is_high_priority_stream
-        options.config = copy.copy(identity.options.config)
+    given = identity.options
+    options = dist.ProcessGroupNCCL.Options() if given is None else copy.deepcopy(given)
     options._timeout = identity.timeout
     options.global_ranks_in_group = [int(rank) for rank in identity.ranks]
     options.group_name = c10d.GroupName(identity.key)

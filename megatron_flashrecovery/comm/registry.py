@@ -50,9 +50,10 @@ class GroupRegistry:
         self._epoch = epoch
         self._timeout = timeout
         self._tree_above = tree_above
+        self._joined_with = joining
         self._record = joining
         self._start_epoch = Epoch(joining.epoch) if joining is not None else epoch
-        self._recording = True
+        self._recording = joining is None
         self._groups: dict[GroupKey, FlashGroup] = {}
         self._same_ranks: Counter[tuple[Rank, ...]] = Counter()
         self._whereabouts = Whereabouts()
@@ -103,11 +104,21 @@ class GroupRegistry:
         communicators = [group.sever(reason) for group in groups if not group.destroyed]
         sever_together([each for each in communicators if each is not None], reason)
 
+    def settle(self) -> None:
+        """Block until what ``sever`` began is done. Call it before reporting: on NCCL nobody may free a communicator
+        that another rank of the node has not finished aborting, and nobody frees before all have reported."""
+        for group in self._alive().values():
+            if group.communicator is not None and group.communicator.severed is not None:
+                for transport in group.communicator.transports:
+                    transport.settle()
+
     def rebuild(self, keys: Iterable[GroupKey], epoch: Epoch) -> None:
         """On the main thread of every member, for the same groups: new communicators under the prefix of ``epoch``."""
         self._epoch = epoch
         wanted = set(keys)
         chosen = [group for key, group in self._alive().items() if key in wanted]
+        # As one batch, and all before any is freed (NVIDIA/nccl#1013, #863).
+        sever_together([each for group in chosen if (each := group.communicator) is not None], "replaced")
         # All are closed before any is made, so that nobody waits for a member that is still stuck in an old one.
         for group in chosen:
             group.severed = None
@@ -134,9 +145,9 @@ class GroupRegistry:
             self._groups[key].ledger.reset()
 
     def startup_record(self) -> StartupRecord:
-        """What this rank's replacement would need to start without the others."""
-        if self._record is not None:
-            return self._record
+        """What this rank's replacement would need to start without the others. A replacement hands its own on."""
+        if self._joined_with is not None:
+            return self._joined_with
         answers = {key: group.recorder.answers() for key, group in self._groups.items() if group.recorder is not None}
         return StartupRecord.of(self._start_epoch, answers)
 

@@ -157,13 +157,13 @@ class Census:
     def tally(self, key: GroupKey) -> GroupTally:
         return self._tallies[key]
 
-    def mark(self, key: GroupKey) -> tuple[int, int]:
-        """Changes when something that was under way in the group has completed; costs nothing in a large group."""
+    def mark(self, key: GroupKey) -> tuple[int, int, int]:
+        """Changes when something that was under way in the group has ended; costs nothing in a large group."""
         if key not in self.suspect:
-            return (0, 0)
+            return (0, 0, 0)
         tally = self._tallies[key]
         oldest = tally.oldest_open()
-        return (oldest, 0 if oldest else len(tally.open))
+        return (oldest, 0 if oldest else len(tally.open), len(tally.broken))
 
     def is_whole(self, key: GroupKey) -> bool:
         """No member was lost or holds it broken: an operation under way in it can still complete."""

@@ -60,7 +60,7 @@ class Draining:
     answered: dict[Rank, int] = field(default_factory=dict)
     waiting: Wait | None = None
     patient_until: float = 0.0
-    unchanged: dict[GroupKey, tuple[int, int]] = field(default_factory=dict)
+    unchanged: dict[GroupKey, tuple[int, int, int]] = field(default_factory=dict)
     """The groups waited for in which nothing has completed since, with their marks."""
 
 

@@ -128,6 +128,7 @@ class Session:
         """A call outside of any step that can enter a collective, and that every rank comes to, a replacement too: what
         follows the loop. It is repeated until no recovery cuts it short; ``name`` is for whoever waits."""
         here = self._progress.completed
+        self._enter(here)
         while True:
             try:
                 self._lot.check()
@@ -178,6 +179,7 @@ class Session:
     def finish(self, state_sha256: str) -> None:
         """The loop is over. Returns when it is over for everybody: until then this rank may still be needed."""
         last = self._progress.completed
+        self._enter(last)
         while True:
             try:
                 self._catch_up(last)
@@ -191,7 +193,8 @@ class Session:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _enter(self, step: Step) -> None:
-        """Before the first protected step: the state that training starts from gets its second copy."""
+        """Before the first protected step, or the end if there is none: the state that training starts from gets its
+        second copy."""
         if self._entered:
             return
         self._entered = True

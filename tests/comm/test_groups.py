@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import selectors
 import signal
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from megatron_flashrecovery.comm.communicator import Severed
 from megatron_flashrecovery.comm.handle import FlashGroup
 from megatron_flashrecovery.comm.parking import Interrupted, Proceed
 from megatron_flashrecovery.comm.registry import GroupRegistry, group_key
@@ -158,6 +161,73 @@ def test_fifty_rebuilds_leave_no_descriptor_and_no_thread_behind(run_ranks):
         assert threads[0] == threads[1]
 
 
+def left_waiting(rank: int, size: int, store: Any) -> float:
+    registry = registry_of(rank, size, store)
+    dist.init_process_group("gloo")
+    meet(store, "made", size)
+    if rank == 0:
+        return 0.0  # never rebuilds
+
+    def sever() -> None:
+        until(lambda: store.check([f"1/{next(iter(registry.groups))}/here"]))
+        store.set(f"severed {rank}", str(time.monotonic()))
+        registry.sever(registry.groups, "rank 0 is lost as well")
+
+    thread = threading.Thread(target=sever)
+    thread.start()
+    with pytest.raises(Severed, match="lost as well"):
+        registry.rebuild(registry.groups, Epoch(1))
+    thread.join()
+    took = time.monotonic() - float(store.get(f"severed {rank}"))
+    return took
+
+
+def test_a_rebuild_that_waits_for_a_lost_member_can_be_severed(run_ranks):
+    assert max(run_ranks(3, left_waiting)) < 1.0
+
+
+def other_traffic(stop: threading.Event, kept: list[tuple[socket.socket, socket.socket]]) -> None:
+    """What mirror links and RPC do meanwhile: sockets and event loops come and go at any moment."""
+    while not stop.is_set():
+        with socket.create_server(("127.0.0.1", 0)) as listener, selectors.EpollSelector() as loop:
+            loop.register(listener, selectors.EVENT_READ)
+            ours = socket.create_connection(listener.getsockname())
+            theirs, _ = listener.accept()
+            loop.register(theirs, selectors.EVENT_READ)
+        if len(kept) < 40:
+            kept.append((ours, theirs))
+        else:
+            ours.close()
+            theirs.close()
+
+
+def beside_others(rank: int, size: int, store: Any) -> int:
+    stop, kept = threading.Event(), []
+    thread = threading.Thread(target=other_traffic, args=(stop, kept))
+    thread.start()
+    registry = registry_of(rank, size, store)
+    dist.init_process_group("gloo")
+    for epoch in range(1, 6):
+        registry.rebuild(registry.groups, Epoch(epoch))
+        dist.all_reduce(torch.ones(1))
+    meet(store, "rebuilt", size)
+    stop.set()
+    thread.join()
+    registry.sever(registry.groups, "a test")
+    with pytest.raises(RuntimeError):
+        dist.all_reduce(torch.ones(1))
+    for ours, theirs in kept:
+        ours.sendall(b"alive")
+        assert theirs.recv(5) == b"alive"
+        ours.close()
+        theirs.close()
+    return len(kept)
+
+
+def test_severing_leaves_the_sockets_of_other_threads_alone(run_ranks):
+    assert min(run_ranks(2, beside_others)) > 0
+
+
 def killed(rank: int, size: int, store: Any) -> str:
     registry = registry_of(rank, size, store)
     dist.init_process_group("gloo")
@@ -272,6 +342,7 @@ def recorded(rank: int, size: int, store: Any, record: bytes | None) -> Any:
         values = start_up(rank, size, store)
         assert registry.startup_record() == joining
         registry.go_live(Epoch(1))
+        assert registry.startup_record() == joining, "it may be lost as well"
     tensor = torch.tensor([rank + 1])
     dist.all_reduce(tensor)
     assert tensor.item() == 3

@@ -97,8 +97,9 @@ def test_a_kill_while_a_checkpoint_is_saved_leaves_a_whole_one(tmp_path: Path, a
         said, _ = running.process.communicate(timeout=90)
     outcome = Outcome(tmp_path / "run", running.process.returncode, said)
     assert_equal(gpt(), outcome, also_lost=(5,))
-    restarted = run(gpt("--load", str(saved), "--train-iters", "9"), tmp_path / "restarted")
+    restarted = run(gpt("--load", str(saved)), tmp_path / "restarted")
     assert restarted.exit_code == 0, restarted.said
+    assert restarted.state == outcome.state
 
 
 def test_without_any_copy_the_job_falls_back_to_the_checkpoint(tmp_path: Path, assert_equal: Equal) -> None:

@@ -89,6 +89,8 @@ class Agent:
         for rank in ranks:
             if (worker := self.workers[rank]).is_alive:
                 self._end(rank)
+                if not self.world.settings.has_vault:
+                    self.vault.pop(rank, None)
                 losses.append(Loss(rank, worker.name, cause, worker.started_for))
         if losses:
             vault = {loss.rank: self._kept(loss.rank) for loss in losses}

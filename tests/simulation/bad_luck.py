@@ -18,7 +18,7 @@ class BadLuck:
         self.world = world
         self.armed = list(world.settings.faults)
         self.due: list[tuple[int, Fault]] = []
-        self.has_struck = False
+        self.has_corrupted = False
         self.corrupt_next = 0
         self.spares = world.settings.spares
         self.spare_at: float | None = None
@@ -46,7 +46,7 @@ class BadLuck:
     def on_phase(self, phase: str, worker: Worker | None = None) -> None:
         """A phase begins: faults that wait for it may strike, one at a time."""
         for fault in self.armed:
-            if fault.when == phase or (fault.when == "end" and phase == "Finished"):
+            if fault.when == phase:
                 self._trigger(fault)
                 return
 
@@ -95,7 +95,6 @@ class BadLuck:
         victims = self._victims(fault.victims)
         if not victims:
             return
-        self.has_struck = True
         match fault.kind:
             case "kill":
                 by_node: dict[str, list[Worker]] = {}
@@ -110,6 +109,7 @@ class BadLuck:
                 self.paused.append((self.world.events + 50 + self.world.pick(1500), victims[0]))
             case "corrupt":
                 self.corrupt_next += 1
+                self.has_corrupted = True
             case "node":
                 self._lose_node(victims[0])
 

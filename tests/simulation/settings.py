@@ -65,7 +65,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Fault:
-    """``when``: a moment, as a share of the main-thread turns of a run or as the phase that begins; ``victims``: who."""
+    """``when``: a moment, as a share of the main-thread turns of a run, or as the phase that begins."""
 
     when: str
     share: float
@@ -89,6 +89,7 @@ class Settings:
     returns_garbage: bool = False
     parks_at_write: bool = True
     keeps_told_last: bool = True
+    has_vault: bool = True
     notice: float = 0.3
     checkpoint_every: int = 0
     off: frozenset[str] = frozenset()
@@ -145,6 +146,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         returns_garbage=rng.random() < 0.4,
         parks_at_write=rng.random() < 0.5,
         keeps_told_last=rng.random() < 0.8,
+        has_vault=rng.random() < 0.6,
         notice=rng.choice([0.0, 0.3, 1.0]),
         checkpoint_every=rng.choice([0, 0, 1, 2]),
         off=off,
@@ -154,7 +156,9 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
 def _draw_fault(rng: Random, nodes: int) -> Fault:
     kinds = ["kill"] * 8 + ["hang", "pause", "corrupt"] + (["node"] * 2 if nodes > 1 else [])
     return Fault(
-        when=rng.choice(["turn"] * 6 + ["Draining", "Staffing", "Executing", "Training", "WRITING", "Starting", "end"]),
+        when=rng.choice(
+            ["turn"] * 6 + ["Draining", "Staffing", "Executing", "Training", "WRITING", "Starting", "finishing"]
+        ),
         share=rng.random(),
         delay=rng.choice([0, 0, 3, 10, 30, 100, 300]),
         victims=rng.choice(["one"] * 6 + ["two", "three", "host and guest", "replacement", "peers", "all"]),

@@ -26,12 +26,32 @@ from megatron_flashrecovery.core.member import (
     SayReady,
     StandStill,
 )
-from megatron_flashrecovery.core.messages import PlanExecuted, PlanFailed, RanksFinished, RanksReady, Report, Spot
-from megatron_flashrecovery.core.messages import Standing, Told, Update
+from megatron_flashrecovery.core.messages import (
+    PlanExecuted,
+    PlanFailed,
+    RanksFinished,
+    RanksReady,
+    Report,
+    Spot,
+    Standing,
+    Told,
+    Update,
+)
 from tests.simulation.execution import Connect, Failure, News, execute
 from tests.simulation.fabric import Communicator, Endpoint, Handle, mix
-from tests.simulation.program import Arm, Ask, Await, BeforeWrite, Begin, Collective, Exchange, Gate, Pause, Program
-from tests.simulation.program import train_step
+from tests.simulation.program import (
+    Arm,
+    Ask,
+    Await,
+    BeforeWrite,
+    Begin,
+    Collective,
+    Exchange,
+    Gate,
+    Pause,
+    Program,
+    train_step,
+)
 from tests.simulation.snapshot import Snapshot, keep
 
 if TYPE_CHECKING:

@@ -19,10 +19,12 @@ from megatron_flashrecovery.core.messages import (
     ExecutePlan,
     Fence,
     NodeJoined,
+    NodeLost,
     RestartAll,
     Resume,
     StartWorkers,
     Stop,
+    WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Draining, Executing, Finished, Halted, Staffing
 from tests.simulation.agent import Agent
@@ -129,7 +131,7 @@ class World:
 
     def hear(self, event: Event) -> None:
         """The controller hears of an event, and sends what follows from it."""
-        before = self.job.phase
+        before, lost = self.job.phase, set(self.job.lost)
         if "epochs" in self.off:
             event = without_epochs(event, self.job)
         commands = handle(self.job, event, self.now)
@@ -138,6 +140,8 @@ class World:
         after = self.job.phase
         for command in commands:
             self._send(command)
+            if isinstance(command, Stop | RestartAll) and command.reason.startswith("no copy"):
+                self.monitor.on_given_up(command.reason, lost | _vacated(event, self.settings))
         if isinstance(after, Executing) and after is not before:
             held = before if isinstance(before, Staffing | Draining) else None
             assert held is not None
@@ -248,9 +252,6 @@ class World:
     def lawless(self, member: Member) -> Member:
         return LawlessMember(member)
 
-    def has_lost_copies(self) -> bool:
-        return self.luck.has_struck
-
     def on_mark(self, worker: Worker, update: str) -> None:
         self.luck.on_phase(update.upper(), worker)
 
@@ -344,3 +345,13 @@ class World:
         self.agents[node].epoch = Epoch(0)
         room = max(len(ranks) for ranks in self.settings.seats.values())
         self.tell(NodeJoined(node, room))
+
+
+def _vacated(event: Event, settings: Settings) -> set[Rank]:
+    match event:
+        case WorkersLost(losses=losses):
+            return {loss.rank for loss in losses}
+        case NodeLost(node=node):
+            return set(settings.seats.get(node, ()))
+        case _:
+            return set()

@@ -10,6 +10,7 @@ import hmac
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -20,6 +21,11 @@ from megatron_flashrecovery.core.errors import ConfigError, LinkLost
 _METHOD = "/flashrecovery.Control/Attach"
 _TOKEN, _VERSION = "flashrecovery-token", "flashrecovery-version"
 _OPTIONS = (("grpc.max_receive_message_length", 1 << 28), ("grpc.max_send_message_length", 1 << 28))
+
+if TYPE_CHECKING:
+    _Handler = grpc.GenericRpcHandler[bytes, bytes]  # generic in the stubs only
+else:
+    _Handler = grpc.GenericRpcHandler
 
 AttachHandler = Callable[[AsyncIterator[object]], AsyncIterator[object]]
 """Given the messages of one agent, yields the messages for it. It ends when either side is done."""
@@ -69,7 +75,7 @@ class ControlServer:
             yield self._codec.decode(data)
 
 
-class _OneMethod(grpc.GenericRpcHandler):
+class _OneMethod(_Handler):
     def __init__(self, handler: grpc.RpcMethodHandler[bytes, bytes]) -> None:
         self._handler = handler
 
@@ -90,7 +96,7 @@ class ControlClient:
         self._metadata = ((_TOKEN, token), (_VERSION, version))
 
     def start(self, on_message: Callable[[object], None], on_end: Callable[[Exception | None], None]) -> None:
-        call = self._channel.stream_stream(_METHOD)(
+        call = self._channel.stream_stream(_METHOD, None, None)(
             self._outgoing(), metadata=self._metadata, wait_for_ready=True, timeout=None
         )
         self._call = call
@@ -115,7 +121,7 @@ class ControlClient:
         self._closed.set()
         self._outbox.put(None)
         self._reader.join(timeout=2.0)
-        self._call.cancel()
+        self._call.cancel()  # type: ignore[no-untyped-call]
         self._channel.close()
 
     def _outgoing(self) -> Iterator[bytes]:

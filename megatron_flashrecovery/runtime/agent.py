@@ -22,6 +22,8 @@ from megatron_flashrecovery.core.errors import FlashRecoveryError
 from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, WorkerId
 from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.relay import merged, narrowed
+from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
 from megatron_flashrecovery.state.vault import Holding, Vault
 
@@ -50,6 +52,7 @@ class Agent:
         self._epoch = Epoch(0)
         self._number = OrderNumber(0)
         self._store = ("", 0)
+        self._attempt = 0
         self._environment: dict[str, str] = {}
         self._spares: list[Worker] = []
         self._incarnations: dict[Rank, int] = dict.fromkeys(self.ranks, 0)
@@ -58,6 +61,7 @@ class Agent:
         self._announced: dict[WorkerId, float] = {}
         self._fenced: dict[WorkerId, str] = {}
         self._fired: set[int] = set()
+        self._ended_well: set[Rank] = set()
         self._released = False
         self._dismissal: node_messages.Dismiss | None = None
         self._last_heartbeat = 0.0
@@ -110,7 +114,7 @@ class Agent:
             case core.Drain(number=number):
                 self._number = number
                 for rank, worker in self._workers.seated():
-                    self._say(worker, _narrow_drain(order, rank))
+                    self._say(worker, narrowed(order, rank))
             case core.ExecutePlan(number=number, shares=shares):
                 self._number = number
                 for rank, worker in self._workers.seated():
@@ -137,10 +141,12 @@ class Agent:
     def _restart(self, order: core.RestartAll) -> None:
         if order.epoch <= self._epoch:
             return
+        self._attempt += 1
         self._end_seated(self.ranks)
         self._vault.close()
         self._startup.clear()
         self._described.clear()
+        self._ended_well.clear()
         if order.from_checkpoint:
             self._environment[_FROM_CHECKPOINT] = "1"
         self._start(order.epoch, self.ranks, joining=False)
@@ -170,7 +176,7 @@ class Agent:
             script=config.script,
             module=config.module,
             script_args=config.script_args,
-            environment={**self._environment, **_torchrun_environment(config, rank, self._incarnations[rank] - 1)},
+            environment={**self._environment, **torchrun_environment(config, rank, self._store, self._attempt)},
             injections=self._injections(rank),
             drain_timeout=config.deadlines.drain_timeout,
             execute_timeout=config.deadlines.execute_timeout,
@@ -212,7 +218,7 @@ class Agent:
                 print(f"flashrecovery: {worker.id} is ended, because it said nonsense: {error}", flush=True)
                 if worker.pid is not None:
                     os.kill(worker.pid, 9)
-        for message in _merged(told):
+        for message in merged(told):
             self._control.send(message)
 
     def _hear_worker(self, worker: Worker, message: object, told: list[object]) -> None:
@@ -294,13 +300,20 @@ class Agent:
                 continue
             if self._refuses_to_start(end):
                 continue
-            if not (self._released and end.status == 0):
+            if end.status == 0 and (self._released or not self._takes_part(end.worker)):
+                self._ended_well.add(end.worker.seat.rank)
+            else:
                 losses.append(self._loss(end))
         if losses:
             vault = {loss.rank: self._vault.committed(loss.rank) for loss in losses}
             self._control.send(core.WorkersLost(self._node, tuple(losses), vault))
-        if self._released and not any(True for _ in self._workers.seated()):
+        if self._ended_well == set(self.ranks):
             self._control.send(node_messages.NodeDone(self._node))
+
+    def _takes_part(self, worker: Worker) -> bool:
+        """Whether the script has asked for recovery. One that has not runs as under torchrun: its end is its own
+        affair."""
+        return worker.rank in self._described or worker.rank in self._startup
 
     def _loss(self, end: WorkerEnded) -> core.Loss:
         rank, worker = end.worker.rank, end.worker
@@ -346,46 +359,3 @@ class Agent:
         if now - self._last_heartbeat >= self._config.deadlines.heartbeat_interval:
             self._last_heartbeat = now
             self._control.send(node_messages.Heartbeat(self._node))
-
-
-def _narrow_drain(order: core.Drain, rank: Rank) -> core.Drain:
-    return replace(
-        order,
-        advance=(rank,) if rank in order.advance else (),
-        answer={rank: order.answer[rank]} if rank in order.answer else {},
-    )
-
-
-def _merged(told: list[object]) -> list[object]:
-    """What ranks of this node said at about the same time becomes one event per kind."""
-    merged: list[object] = []
-    for message in told:
-        last = merged[-1] if merged else None
-        match (last, message):
-            case (core.RanksReady(), core.RanksReady()) if last.epoch == message.epoch:
-                merged[-1] = replace(last, ranks=last.ranks + message.ranks)
-            case (core.RanksStood(), core.RanksStood()) if (last.epoch, last.number) == (message.epoch, message.number):
-                merged[-1] = replace(last, reports=last.reports + message.reports)
-            case _:
-                merged.append(message)
-    return merged
-
-
-def _torchrun_environment(config: LaunchConfig, rank: Rank, restarts: int) -> dict[str, str]:
-    """What a script finds in its environment under torchrun, too (torch.distributed.elastic, agent api)."""
-    local_rank = rank % config.nproc_per_node
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(local_rank),
-        "GROUP_RANK": str(config.node_rank),
-        "ROLE_RANK": str(rank),
-        "WORLD_SIZE": str(config.world_size),
-        "LOCAL_WORLD_SIZE": str(config.nproc_per_node),
-        "GROUP_WORLD_SIZE": str(config.nnodes),
-        "ROLE_WORLD_SIZE": str(config.world_size),
-        "MASTER_ADDR": config.master_addr,
-        "MASTER_PORT": str(config.master_port),
-        "TORCHELASTIC_RESTART_COUNT": str(restarts),
-        "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
-        "TORCHELASTIC_RUN_ID": config.rdzv_id,
-    }

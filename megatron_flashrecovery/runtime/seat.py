@@ -37,8 +37,16 @@ def take_seat(channel: Channel) -> None:
     _taken = (message, channel)
     os.environ.update(message.environment)
     sys.argv = [message.script, *message.script_args]
-    if message.module:
-        runpy.run_module(message.script, run_name="__main__", alter_sys=True)
+    try:
+        _run_script(message)
+    except ConfigError as error:
+        print(f"flashrecovery: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _run_script(seat: Seat) -> None:
+    if seat.module:
+        runpy.run_module(seat.script, run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, str(Path(message.script).resolve().parent))
-        runpy.run_path(message.script, run_name="__main__")
+        sys.path.insert(0, str(Path(seat.script).resolve().parent))
+        runpy.run_path(seat.script, run_name="__main__")

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
+
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
@@ -155,6 +157,8 @@ class Session:
             lambda: self._keeper.has_acknowledged(due),
             self._mirror_of(due),
         )
+        self._wait_for_device()
+        self._lot.check()
         self._progress.update = Update.ARMED
         self._lot.begin_telling(Step(completed + 1))
         if self._framework.gate_needs_message():
@@ -220,6 +224,13 @@ class Session:
 
     def _mirror_of(self, step: Step) -> str:
         return f"rank {self._keeper.host} to acknowledge the mirror of step {step}"
+
+    def _wait_for_device(self) -> None:
+        """Armed is said of gradients that are reduced, not of reductions that are queued: one that is aborted later
+        would leave rubbish. The norm that follows makes the host wait anyway. No GPU has run this yet."""
+        device = self._framework.tensor_pieces()[0].tensor.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     def _describe(self, berth: Berth) -> None:
         """What this rank is part of: every group is told of by its first member."""

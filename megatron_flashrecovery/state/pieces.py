@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import torch
 
-Value: TypeAlias = "None | bool | int | float | str | bytes | list[Value] | dict[str, Value] | torch.Tensor"
+Value: TypeAlias = "bool | int | float | str | bytes | list[Value] | dict[str, Value] | torch.Tensor | None"
 """What a small piece may be made of: it must survive msgpack, with tensors as (dtype, shape, bytes). No pickle."""
 
 

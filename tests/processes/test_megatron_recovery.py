@@ -76,7 +76,9 @@ def test_a_kill_of_any_rank_at_any_moment_changes_no_bit(
     "injections",
     [
         pytest.param((kill(5, 4, "backward"), kill(2, 4, "backward")), id="two-dp-groups-at-once"),
-        pytest.param((kill(0, 3, "forward"), kill(5, 4, "optimizer"), kill(6, 5, "backward")), id="three-steps-in-a-row"),
+        pytest.param(
+            (kill(0, 3, "forward"), kill(5, 4, "optimizer"), kill(6, 5, "backward")), id="three-steps-in-a-row"
+        ),
         pytest.param((kill(3, 1, "backward"),), id="before-the-first-step-ends"),
         pytest.param((kill(5, 4, "backward"), kill(7, 4, "backward")), id="a-rank-and-its-host"),
     ],

@@ -38,7 +38,9 @@ def test_a_kill_at_any_moment_changes_no_bit(
     [
         pytest.param((kill(0, 5, "backward"), kill(3, 5, "backward")), SHARDED, id="two-dp-groups-at-once"),
         pytest.param((kill(0, 5, "backward"), kill(3, 5, "backward")), REPLICATED, id="two-at-once-replicated"),
-        pytest.param((kill(1, 5, "backward"), kill(2, 6, "optimizer"), kill(3, 7, "forward")), SHARDED, id="3-in-a-row"),
+        pytest.param(
+            (kill(1, 5, "backward"), kill(2, 6, "optimizer"), kill(3, 7, "forward")), SHARDED, id="3-in-a-row"
+        ),
         pytest.param((kill(1, 5, "backward"), kill(1, 5, "backward")), SHARDED, id="the-replacement-too"),
         pytest.param((kill(1, 1, "backward"),), SHARDED, id="in-the-first-step"),
         pytest.param((kill(0, 10, "optimizer"),), REPLICATED, id="in-the-last-step"),

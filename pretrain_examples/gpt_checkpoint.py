@@ -79,14 +79,14 @@ def _sharded_state(model: DistributedDataParallel, optimizer: MegatronOptimizer,
 
 
 def _collect_results_here() -> None:
-    """Nothing is saved in the background, so megatron-core need not start one more process per rank to gather results in,
-    which would import everything once more."""
+    """Nothing is saved in the background, so megatron-core need not start one more process per rank to gather results
+    in, which would import everything once more."""
     filesystem_async._results_queue = filesystem_async._results_queue or SimpleQueue()
 
 
 def _make_adam_state(optimizer: MegatronOptimizer) -> None:
-    """megatron-core reads the step counters that the distributed optimizer is to overwrite, and torch's Adam makes them in
-    its first update."""
+    """megatron-core reads the step counters that the distributed optimizer is to overwrite, and torch's Adam makes them
+    in its first update."""
     for inner in optimizer.chained_optimizers:
         if not isinstance(inner, DistributedOptimizer) or not isinstance(inner.optimizer, torch.optim.Adam):
             continue
@@ -97,8 +97,8 @@ def _make_adam_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _count_per_parameter(optimizer: MegatronOptimizer) -> None:
-    """Torch's Adam counts steps per parameter. megatron-core leaves what it has loaded in the parameter groups, or gives
-    all parameters one tensor, which an update would count up once for each of them."""
+    """Torch's Adam counts steps per parameter. megatron-core leaves what it has loaded in the parameter groups, or
+    gives all parameters one tensor, which an update would count up once for each of them."""
     for inner in optimizer.chained_optimizers:
         if not isinstance(inner.optimizer, torch.optim.Adam):
             continue

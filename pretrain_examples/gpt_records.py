@@ -115,6 +115,6 @@ def _state(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Iter
                 for key, value in sorted(inner.optimizer.state[parameter].items()):
                     yield f"{prefix}.{key}", torch.as_tensor(value)
     yield "python random", torch.tensor(random.getstate()[1], dtype=torch.int64)
-    yield "numpy random", torch.from_numpy(numpy.random.get_state()[1].astype(numpy.int64))  # type: ignore[union-attr]
+    yield "numpy random", torch.from_numpy(numpy.random.get_state(legacy=False)["state"]["key"].astype(numpy.int64))
     yield "torch random", torch.get_rng_state()
     yield from sorted(get_cuda_rng_tracker().get_states().items())

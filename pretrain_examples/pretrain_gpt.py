@@ -11,7 +11,7 @@ import argparse
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,7 +21,7 @@ import numpy
 import torch
 from gpt_arguments import parse_arguments
 from gpt_checkpoint import load_checkpoint, save_checkpoint
-from gpt_data import Batch, ByteTokenizer, build_datasets, library_text, micro_batches
+from gpt_data import Batch, ByteTokenizer, build_datasets, library_text, micro_batches, reads_data
 from gpt_model import build_model, build_optimizer, build_scheduler
 from gpt_records import StepRecords, StepResult, is_reporting_rank, print_step, state_sha256
 from megatron.core import parallel_state
@@ -61,8 +61,9 @@ def main() -> None:
     train_data, validation = build_datasets(args)
     open_batches = partial(micro_batches, train_data, args=args)
     first_step = 0
-    if args.load and not (flash and flash.is_joining):
-        first_step = load_checkpoint(args.load, model, optimizer, scheduler)
+    load = args.save if flash and flash.must_load and not args.load else args.load
+    if load and not (flash and flash.is_joining):
+        first_step = load_checkpoint(load, model, optimizer, scheduler)
     batches = open_batches(consumed_samples=first_step * args.global_batch_size)
     if flash:
         batches, first_step = flash.protect([model], optimizer, scheduler, open_batches, first_step)
@@ -94,7 +95,7 @@ def initialize(args: argparse.Namespace) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Pipeline stages draw different numbers, and where it matters tensor ranks do; data-parallel peers draw the same."""
+    """Pipeline stages draw different numbers, and where it matters tensor ranks; data-parallel peers draw the same."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     numpy.random.seed(seed)
@@ -148,7 +149,7 @@ def train_step(training: Training) -> StepResult:
 
 def run_pipeline(training: Training, batches: Iterator[Batch], count: int, forward_only: bool) -> list[torch.Tensor]:
     """Forward (and backward) for ``count`` micro batches. Returns their losses on the last pipeline stage."""
-    return get_forward_backward_func()(
+    losses: list[torch.Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=batches,
         model=training.model,
@@ -157,15 +158,18 @@ def run_pipeline(training: Training, batches: Iterator[Batch], count: int, forwa
         micro_batch_size=training.args.micro_batch_size,
         forward_only=forward_only,
     )
+    return losses
 
 
-def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[torch.Tensor, partial]:
+def forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel
+) -> tuple[torch.Tensor, Callable[..., object]]:
     """One micro batch through this stage; megatron-core calls the returned function with the output on the last one."""
-    batch: Batch = {}
-    if parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage():
-        batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(batches).items()}
-    output = model(batch.get("tokens"), batch.get("position_ids"), None, labels=batch.get("labels"))
-    return output, partial(loss_of_output, batch.get("loss_mask"))
+    if not reads_data():
+        return model(None, None, None), loss_of_output
+    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(batches).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(loss_of_output, batch["loss_mask"])
 
 
 def loss_of_output(mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,7 +185,7 @@ def average_loss(losses: list[torch.Tensor]) -> float | None:
         return None
     total = torch.stack(losses).mean()
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return float(total.item()) / parallel_state.get_data_parallel_world_size()
+    return total.item() / int(parallel_state.get_data_parallel_world_size())
 
 
 def between_steps(training: Training, step: int, flash: flash_recovery.Protection | None) -> None:

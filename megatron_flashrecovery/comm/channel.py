@@ -13,9 +13,9 @@ import threading
 
 from megatron_flashrecovery.comm.codec import Codec
 
-_LENGTH = struct.Struct("!I")
+_HEADER = struct.Struct("!IB")
 _MAX_FRAME = 1 << 28
-_MAX_FDS = 16
+_MAX_FDS = 253
 
 
 class ChannelClosed(ConnectionError):
@@ -38,7 +38,7 @@ class Channel:
     def send(self, message: object, fds: tuple[int, ...] = ()) -> None:
         """Raises ``ChannelClosed`` when nobody is left to read it."""
         body = self._codec.encode(message)
-        frame = _LENGTH.pack(len(body)) + body
+        frame = _HEADER.pack(len(body), len(fds)) + body
         with self._sending:
             try:
                 sent = socket.send_fds(self._sock, [frame], fds) if fds else self._sock.send(frame)
@@ -73,18 +73,18 @@ class Channel:
 
     def next_message(self) -> tuple[object, list[int]] | None:
         """A message that has arrived in full, without waiting."""
-        if len(self._buffer) < _LENGTH.size:
+        if len(self._buffer) < _HEADER.size:
             return None
-        (length,) = _LENGTH.unpack_from(self._buffer)
+        length, number_of_fds = _HEADER.unpack_from(self._buffer)
         if length > _MAX_FRAME:
             raise ChannelClosed(f"a frame of {length} bytes is no message")
-        end = _LENGTH.size + length
+        end = _HEADER.size + length
         if len(self._buffer) < end:
             return None
-        message = self._codec.decode(bytes(self._buffer[_LENGTH.size : end]))
+        message = self._codec.decode(bytes(self._buffer[_HEADER.size : end]))
         del self._buffer[:end]
-        # A message that carries descriptors is answered before the next is sent, so they cannot belong to another.
-        fds, self._fds = self._fds, []
+        # One read may bring several messages, and the descriptors of a later one with them.
+        fds, self._fds = self._fds[:number_of_fds], self._fds[number_of_fds:]
         return message, fds
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from megatron_flashrecovery.comm.tensor_bytes import fill, payload_of
 from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import Epoch
 from megatron_flashrecovery.core.messages import Spot
 
 
@@ -54,8 +55,11 @@ class FlashGroup(dist.ProcessGroup):
         self.ledger = Ledger()
         self.communicator: Communicator | None = None
         self.tree: Tree | None = None
+        self.epoch: Epoch | None = None
+        """In which the communicator was made, or the tree linked, for the last time."""
         self.severed: str | None = None
-        """Why, for whoever is making a communicator at this moment; taken back when the group is rebuilt."""
+        """Why, for whoever is making a communicator at this moment, or is about to."""
+        self.severed_in: Epoch | None = None
         self.replay: Replay | None = None
         self.recorder: Recorder | None = None
         self.destroyed = False
@@ -110,13 +114,21 @@ class FlashGroup(dist.ProcessGroup):
         if self.tree is not None:
             self.tree.close()
 
-    def sever(self, reason: str) -> Communicator | None:
+    def sever(self, reason: str, epoch: Epoch | None) -> Communicator | None:
         """From any thread. Returns the communicator that is to be severed, together with others."""
         self.ledger.mark_broken(reason)
+        self.severed_in = epoch
         self.severed = reason
         if self.tree is not None:
             self.tree.sever(reason)
         return self.communicator
+
+    def rearm(self, epoch: Epoch) -> None:
+        """What was severed in this epoch or before may be made again; what a newer one severed may not."""
+        if self.severed_in is None or self.severed_in <= epoch:
+            self.severed = None
+            if self.tree is not None:
+                self.tree.rearm()
 
     def disconnect(self, gently: bool = False) -> None:
         """Close the communicator, on the main thread."""

@@ -91,7 +91,7 @@ class Installation:
             raise SeamChanged(f"torch {torch.__version__} has no distributed_c10d.{name}")
         self._original[name] = original
         # torch's own modules (device meshes, pipelining) have imported some of these names.
-        for module in [m for key, m in sys.modules.items() if key.startswith("torch.distributed")]:
+        for module in [m for key, m in sys.modules.copy().items() if key.startswith("torch.distributed")]:
             if getattr(module, "__dict__", {}).get(name) is original:
                 self._undo.append((module, name, original))
                 setattr(module, name, replacement)

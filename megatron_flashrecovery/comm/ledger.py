@@ -49,12 +49,12 @@ class Ledger:
         self._token_of: dict[Hashable, int] = {}
         self._period = 0
         self._outstanding: dict[Entry, Pollable] = {}
+        self._broken: str | None = None
         self._clear()
 
     def _clear(self) -> None:
         self._issued = self._completed = self._digest = 0
         self._pairs: dict[Rank, _Pair] = {}
-        self._broken: str | None = None
 
     @property
     def issued(self) -> int:
@@ -124,11 +124,17 @@ class Ledger:
             self._broken = self._broken or reason
 
     def reset(self) -> None:
-        """Begin again at zero; operations of before neither count nor are watched any longer."""
+        """Begin again at zero; operations of before neither count nor are watched any longer. A broken communicator
+        stays broken, whatever is counted."""
         with self._lock:
             self._period += 1
             self._outstanding.clear()
             self._clear()
+
+    def begin(self) -> None:
+        """Count for a new communicator."""
+        self.reset()
+        self._broken = None
 
     def refresh(self) -> None:
         for pending in list(self._outstanding.values()):

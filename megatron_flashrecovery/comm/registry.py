@@ -26,6 +26,7 @@ from megatron_flashrecovery.core.messages import GroupCount, Spot
 
 TRANSPORTS = (GlooTransport, NcclTransport)
 _RANKS_SPELLED_OUT = 16
+_NOT_MADE = "its new communicator is not made yet"
 
 
 class GroupRegistry:
@@ -98,10 +99,14 @@ class GroupRegistry:
     def outstanding(self) -> bool:
         return any(group.ledger.has_outstanding for group in self._alive().values())
 
-    def sever(self, keys: Iterable[GroupKey], reason: str) -> None:
-        """From any thread; does not block. Everybody inside these groups fails at once, remote members included."""
+    def sever(self, keys: Iterable[GroupKey], reason: str, epoch: Epoch | None = None) -> None:
+        """From any thread; does not block. Everybody inside these groups fails at once, remote members included.
+
+        ``epoch`` is the one that orders it. With it, a rebuild of an older epoch that is under way, or just about to
+        begin, fails instead of waiting for a member that is gone.
+        """
         groups = [self._groups[key] for key in keys if key in self._groups]
-        communicators = [group.sever(reason) for group in groups if not group.destroyed]
+        communicators = [group.sever(reason, epoch) for group in groups if not group.destroyed]
         sever_together([each for each in communicators if each is not None], reason)
 
     def settle(self) -> None:
@@ -113,7 +118,11 @@ class GroupRegistry:
                     transport.settle()
 
     def rebuild(self, keys: Iterable[GroupKey], epoch: Epoch) -> None:
-        """On the main thread of every member, for the same groups: new communicators under the prefix of ``epoch``."""
+        """On the main thread of every member, for the same groups: new communicators under the prefix of ``epoch``.
+
+        Raises ``Severed`` if one of them is severed meanwhile, and ``RuntimeError`` if a member goes; what was not made
+        then counts as broken, and has to be rebuilt in the next epoch.
+        """
         self._epoch = epoch
         wanted = set(keys)
         chosen = [group for key, group in self._alive().items() if key in wanted]
@@ -121,9 +130,10 @@ class GroupRegistry:
         sever_together([each for group in chosen if (each := group.communicator) is not None], "replaced")
         # All are closed before any is made, so that nobody waits for a member that is still stuck in an old one.
         for group in chosen:
-            group.severed = None
+            assert group.epoch != epoch, f"{group.identity.key} was made in epoch {epoch} already: its keys are used up"
+            group.rearm(epoch)
             group.disconnect()
-            group.ledger.reset()
+            group.ledger.mark_broken(_NOT_MADE)
         for group in chosen:
             self._connect(group)
 
@@ -137,6 +147,9 @@ class GroupRegistry:
                 backend, _ = c10d._world.pg_map[group]
                 prefix = f"{c10d._world.pg_names[group]}/"
                 c10d._world.pg_map[group] = (backend, PrefixStore(prefix, self.bookkeeping_store()))
+        for group in self._alive().values():
+            group.rearm(epoch)
+            group.ledger.mark_broken(_NOT_MADE)
         for group in self._alive().values():
             self._connect(group)
 
@@ -183,13 +196,7 @@ class GroupRegistry:
             return group
         if self._recording:
             group.recorder = Recorder()
-        if identity.size > self._tree_above:
-            group.tree = Tree(identity.rank, identity.size, self._timeout)
-            group.tree.relink(self._store_of(group), int(self._epoch))
-            return group
-        group.communicator = self._make(group)
-        if identity.device is not None:
-            group.communicator.connect()
+        self._connect(group, eagerly=identity.device is not None)
         return group
 
     def _alive(self) -> dict[GroupKey, FlashGroup]:
@@ -200,14 +207,17 @@ class GroupRegistry:
         meet(store, group.identity.size, lambda: group.severed, self._timeout)
         return Communicator(group.identity, store)
 
-    def _connect(self, group: FlashGroup) -> None:
+    def _connect(self, group: FlashGroup, eagerly: bool = True) -> None:
         """A job-sized group only gets its tree; its flat communicator is made when a large operation comes."""
+        group.epoch = self._epoch
         if group.identity.size > self._tree_above:
             group.tree = group.tree or Tree(group.identity.rank, group.identity.size, self._timeout)
             group.tree.relink(self._store_of(group), int(self._epoch))
-            return
-        group.communicator = self._make(group)
-        group.communicator.connect()
+        else:
+            group.communicator = self._make(group)
+            if eagerly:
+                group.communicator.connect()
+        group.ledger.begin()
 
     def _store_of(self, group: FlashGroup) -> Store:
         return PrefixStore(f"{self._epoch}/{group.identity.key}", self._store)

@@ -82,6 +82,9 @@ class Tree:
         """From any thread: whoever is inside raises. The links stay."""
         self.links.wake.ring(reason)
 
+    def rearm(self) -> None:
+        self.links.wake.clear()
+
     def relink(self, store: Store, epoch: int) -> None:
         self.links.relink(store, epoch)
         self._number = 0

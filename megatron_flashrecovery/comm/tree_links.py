@@ -50,7 +50,6 @@ class TreeLinks:
 
     def relink(self, store: Store, epoch: int) -> None:
         """On the main thread of every member. Raises ``Severed`` when the tree is severed meanwhile."""
-        self.wake.clear()
         deadline = time.monotonic() + self._timeout
         whole = {neighbour for neighbour, link in self._links.items() if self._mark(link, epoch, deadline)}
         listener = _Listener(store, self.member, self.children)

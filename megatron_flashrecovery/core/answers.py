@@ -4,7 +4,9 @@ A replicated optimizer keeps no copy to go back to: once one rank has applied th
 after it. A rank past the gate has its reduced gradients; all it lacks are results of small reductions. It gets them
 - from a data-parallel peer, all of them: the peer's reductions since the gate were the same, one by one;
 - else from a member of the group in whose operation it stands, only the next one: that result they share.
-Whoever cannot be answered copies the state from a peer when the plan is executed.
+A rank that is armed and stands in no operation stands right before its first write and lacks nothing: it is past the
+gate, for nobody applies the update before everybody is. It is told to go on. Whoever cannot be answered copies the state
+from a peer when the plan is executed.
 
 An answer is given once for each number of results that a rank had: if it did not help, repeating it will not.
 """
@@ -53,7 +55,8 @@ def _answer(census: Census, report: Report, step: Step) -> tuple[Told, ...] | No
         rest = told[known:] if is_peer else told[known : known + 1]
         if rest or (report.update is not Update.APPLIED and len(told) == known):
             return rest
-    return None
+    stands_before_the_write = report.update is Update.ARMED and report.spot is None
+    return () if stands_before_the_write else None
 
 
 def _givers(census: Census, report: Report, step: Step) -> Iterator[tuple[tuple[Told, ...], bool]]:

@@ -23,13 +23,13 @@ from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Wo
 from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.relay import merged, narrowed
+from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
 from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
 from megatron_flashrecovery.state.vault import Holding, Vault
 
 _TICK = 0.05
 _CONFIG_EXIT = 2
-_FROM_CHECKPOINT = "FLASHRECOVERY_FROM_CHECKPOINT"
 
 
 class ControlStream(Protocol):
@@ -148,7 +148,7 @@ class Agent:
         self._described.clear()
         self._ended_well.clear()
         if order.from_checkpoint:
-            self._environment[_FROM_CHECKPOINT] = "1"
+            self._environment[FROM_CHECKPOINT] = "1"
         self._start(order.epoch, self.ranks, joining=False)
 
     def _start(self, epoch: Epoch, ranks: tuple[Rank, ...], *, joining: bool) -> None:
@@ -300,7 +300,8 @@ class Agent:
                 continue
             if self._refuses_to_start(end):
                 continue
-            if end.status == 0 and (self._released or not self._takes_part(end.worker)):
+            # Once released, its work is done and recorded: how it leaves does not matter any more.
+            if self._released or (end.status == 0 and not self._takes_part(end.worker)):
                 self._ended_well.add(end.worker.seat.rank)
             else:
                 losses.append(self._loss(end))

@@ -149,7 +149,8 @@ class Line:
         match action:
             case StandStill(lost=lost):
                 reason = f"epoch {message.epoch}: rank {', '.join(map(str, lost))} was lost"
-                self._registry.sever(self._registry.groups_with(lost), reason)
+                self._registry.sever(self._registry.groups_with(lost), reason, message.epoch)
+                self._registry.settle()
                 self.report()
             case SayReady():
                 with self._saying:
@@ -157,6 +158,7 @@ class Line:
             case GetOutOfTheWay(advance=advance, sever=sever, answer=answer):
                 for key, reason in sever.items():
                     self._registry.sever([key], reason)
+                self._registry.settle()
                 self._lot.get_out_of_the_way(advance, answer)
                 self.report()
             case CarryOut():

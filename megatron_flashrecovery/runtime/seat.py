@@ -11,6 +11,7 @@ from megatron_flashrecovery.comm.channel import Channel, ChannelClosed
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.runtime.dialogue import Seat
 
+FROM_CHECKPOINT = "FLASHRECOVERY_FROM_CHECKPOINT"
 _taken: tuple[Seat, Channel] | None = None
 
 

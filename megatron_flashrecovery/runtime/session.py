@@ -6,6 +6,7 @@ was computed, by whom, and on whose state; everything in between happens inside 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,7 +30,7 @@ from megatron_flashrecovery.runtime.line import Line
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
 from megatron_flashrecovery.runtime.progress import NO_STEP, Progress, with_record
 from megatron_flashrecovery.runtime.recovery import Recovery
-from megatron_flashrecovery.runtime.seat import taken_seat
+from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT, taken_seat
 from megatron_flashrecovery.runtime.settling import Berth, find_berth, take_memory
 from megatron_flashrecovery.state.pieces import TensorPiece
 
@@ -61,6 +62,9 @@ class Session:
         self._injector = Injector(seat.injections, channel)
         self._joining = seat.joining
         self._entered = False
+        self._last_step = NO_STEP
+        self._guarded: list[tuple[str, Callable[[], object]]] = []
+        self._doing = "what follows the loop"
         self._previous_call: Callable[[], StepRecord] | None = None
         self._framework: Framework
         self._keeper: Keeper
@@ -75,6 +79,11 @@ class Session:
     def is_joining(self) -> bool:
         """This process replaces another: it must not load a checkpoint, for it gets its state from the others."""
         return self._joining
+
+    @property
+    def must_load(self) -> bool:
+        """The job fell back: this process has to start from the newest checkpoint, also if nobody asked for one."""
+        return FROM_CHECKPOINT in os.environ and not self._joining
 
     def install_groups(self) -> None:
         """From here on every process group that is made in this process is a handle. Before ``init_process_group``."""
@@ -102,12 +111,19 @@ class Session:
         """How many steps are complete when the loop begins: ``loaded`` (the framework's own checkpoint, or 0) on a
         normal start; on a replacement, the step that the job goes on from, with its state in place."""
         if not self._joining:
-            self._progress.completed = loaded
+            if self.must_load and not loaded:
+                raise ConfigError(
+                    "the job fell back to its checkpoint, but none was loaded: nothing vouches for its state"
+                )
+            self._progress.completed = self._last_step = loaded
+            if loaded:
+                self.checkpoint_written(loaded)
             return loaded
         self._line.say_ready(b"")
         self._recovery.join()
         self._report_again()
-        return self._progress.completed
+        self._last_step = self._progress.completed
+        return self._last_step
 
     def run_step(self, step: Step, call: Callable[[], StepRecord]) -> StepRecord:
         """Complete step ``step + 1`` by ``call``, which the loop makes when ``step`` steps are complete."""
@@ -122,23 +138,22 @@ class Session:
             except Interrupted:
                 self._execute()
         self._previous_call = call
+        self._last_step = wanted
+        self._guarded.clear()
         self._line.say_step(wanted, record, time.monotonic() - began)
         self.mark(Moment.BETWEEN)
         return record
 
     def guard(self, name: str, call: Callable[[], T]) -> T:
-        """A call outside of any step that can enter a collective, and that every rank comes to, a replacement too: what
-        follows the loop. It is repeated until no recovery cuts it short; ``name`` is for whoever waits."""
-        here = self._progress.completed
-        self._enter(here)
-        while True:
-            try:
-                self._lot.check()
-                self._catch_up(here)
-                return call()
-            except Interrupted:
-                print(f"flashrecovery: {name} after step {here} was cut short, and begins again", flush=True)
-                self._execute()
+        """A call behind the last step that can enter a collective, and that every rank comes to, a replacement too.
+
+        A replacement makes all such calls from the first on, so after a recovery everybody does; ``name`` is for people.
+        """
+        self._enter(self._progress.completed)
+        results: list[T] = []
+        self._guarded.append((name, lambda: results.append(call())))
+        self._make_guarded_calls(from_the_first=False)
+        return results[-1]
 
     def mark(self, moment: Moment) -> None:
         """The framework is at this moment of a step."""
@@ -186,12 +201,12 @@ class Session:
         self._enter(last)
         while True:
             try:
-                self._catch_up(last)
                 self._line.say_finished(last, state_sha256)
                 self._lot.wait_until_released()
                 break
             except Interrupted:
                 self._execute()
+                self._make_guarded_calls(from_the_first=True)
         self._keeper.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -275,6 +290,21 @@ class Session:
         due = Step(self._progress.completed + 1)
         if not self._keeper.has_acknowledged(due):
             self._keeper.capture(due, with_record(self._framework.values(), None))
+
+    def _make_guarded_calls(self, from_the_first: bool) -> None:
+        last = Step(self._last_step)
+        while True:
+            try:
+                self._lot.check()
+                self._catch_up(last)
+                for name, call in self._guarded if from_the_first else self._guarded[-1:]:
+                    self._doing = name
+                    call()
+                return
+            except Interrupted:
+                print(f"flashrecovery: {self._doing} after step {last} was cut short, and begins again", flush=True)
+                from_the_first = True
+                self._execute()
 
     def _catch_up(self, step: Step) -> None:
         """After the loop: a recovery may have gone back behind its last step."""

@@ -16,6 +16,7 @@ class RecordingSession:
     """``calls`` are the seams in the order in which they were passed."""
 
     is_joining = False
+    must_load = False
 
     def __init__(self) -> None:
         self.calls: list[str] = []

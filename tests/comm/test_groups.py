@@ -164,20 +164,26 @@ def test_fifty_rebuilds_leave_no_descriptor_and_no_thread_behind(run_ranks):
 def left_waiting(rank: int, size: int, store: Any) -> float:
     registry = registry_of(rank, size, store)
     dist.init_process_group("gloo")
+    dist.new_group([0, 1, 2], group_desc="SECOND")
     meet(store, "made", size)
     if rank == 0:
         return 0.0  # never rebuilds
 
     def sever() -> None:
-        until(lambda: store.check([f"1/{next(iter(registry.groups))}/here"]))
         store.set(f"severed {rank}", str(time.monotonic()))
-        registry.sever(registry.groups, "rank 0 is lost as well")
+        registry.sever(registry.groups, "rank 0 is lost as well", Epoch(2))
 
     thread = threading.Thread(target=sever)
+    if rank == 1:
+        sever()  # the order of epoch 2 comes before the rebuild of epoch 1 has begun
+    else:
+        until(lambda: store.check(["severed 1"]))
     thread.start()
     with pytest.raises(Severed, match="lost as well"):
         registry.rebuild(registry.groups, Epoch(1))
     thread.join()
+    registry.reset_counts()
+    assert all(count.broken is not None for count in registry.counts().values()), "not made, so nobody may keep it"
     took = time.monotonic() - float(store.get(f"severed {rank}"))
     return took
 

@@ -61,7 +61,7 @@ class Rig:
 
     def replace(self, _spot: Spot, _error: Exception) -> Proceed:
         self.group.disconnect()
-        self.group.ledger.reset()
+        self.group.ledger.begin()
         return Proceed()
 
 

@@ -166,10 +166,13 @@ ARMED, APPLIED = Update.ARMED, Update.APPLIED
             id="results-of-other-steps-do-not-count",
         ),
         pytest.param(
-            report(0, 5, ARMED, told=told("other")),
+            at(0, CAUGHT, "tp0", 4, step=5, update=ARMED, told=told("other")),
             report(2, 6, told=told("agree", "norm")),
             None,
             id="their-results-differ",
+        ),
+        pytest.param(
+            report(0, 5, ARMED, told=told("norm")), report(3, 6, told=told("norm")), (), id="it-only-waits-to-write"
         ),
         pytest.param(report(0, 5, ARMED), report(2, 5, ARMED), None, id="nobody-has-applied"),
         pytest.param(report(0, 5), report(2, 6, told=told("norm")), None, id="its-gradients-are-not-final"),

@@ -16,16 +16,19 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain_examples"))
 import pretrain_gpt as example
 import torch
 from gpt_arguments import parse_arguments
+
 from megatron_flashrecovery.adapters.megatron.protection import Protection
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.state.encoding import decode_values, encode_values
 from megatron_flashrecovery.testing.recording_session import RecordingSession
 
 STEPS = 4
-MODEL = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 --global-batch-size 8"
-    " --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --ddp-bucket-size 5000 --train-iters 4 --seed 7"
-).split()
+MODEL = [
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2"),
+    *("--seq-length", "16", "--max-position-embeddings", "16", "--global-batch-size", "8"),
+    *("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--ddp-bucket-size", "5000"),
+    *("--train-iters", str(STEPS), "--seed", "7"),
+]
 VARIANTS = {
     f"{optimizer}-{dtype}-{overlap}": [*optimizer_flags, *dtype_flags, *overlap_flags]
     for optimizer, optimizer_flags in {"distributed": [], "plain": ["--no-use-distributed-optimizer"]}.items()
@@ -62,7 +65,7 @@ class Run:
         self.framework.keep_data(step - 1)
         self.reports[step] = f"{record.loss.hex()} {record.grad_norm.hex()}"
 
-    def steps(self, first: int, end: int = STEPS) -> "Run":
+    def steps(self, first: int, end: int = STEPS) -> Run:
         for step in range(first, end):
             self.step(step)
         return self

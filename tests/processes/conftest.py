@@ -12,12 +12,15 @@ from megatron_flashrecovery.runtime.launch_config import Injection
 from tests.processes.launcher import Job, Outcome, run
 
 
+Undisturbed = Callable[[Job], Outcome]
+
+
 class Equal(Protocol):
     def __call__(self, job: Job, outcome: Outcome, also_lost: tuple[int, ...] = ()) -> None: ...
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], Outcome]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The same job without any fault."""
     made: dict[tuple[object, ...], Outcome] = {}
 
@@ -33,7 +36,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], Out
 
 
 @pytest.fixture(scope="session")
-def assert_equal(undisturbed: Callable[[Job], Outcome]) -> Equal:
+def assert_equal(undisturbed: Undisturbed) -> Equal:
     """Bit for bit what the run without the fault gives, and nobody lost who was not killed."""
 
     def check(job: Job, outcome: Outcome, also_lost: tuple[int, ...] = ()) -> None:

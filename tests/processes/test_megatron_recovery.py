@@ -106,7 +106,7 @@ def test_a_kill_while_a_checkpoint_is_saved_leaves_a_whole_one(tmp_path: Path, a
 
 def test_without_any_copy_the_job_falls_back_to_the_checkpoint(tmp_path: Path, assert_equal: Equal) -> None:
     plain = ("--no-use-distributed-optimizer",)
-    save = ("--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved"), "--save-interval", "3")
+    save = ("--save", str(tmp_path / "saved"), "--save-interval", "3")
     job = gpt(*plain, *save, injections=(kill(5, 6, "backward"), kill(7, 6, "backward")))
     outcome = run(job, tmp_path / "run")
     assert outcome.exit_code == 0, outcome.said

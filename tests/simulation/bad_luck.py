@@ -19,7 +19,6 @@ class BadLuck:
         self.armed = list(world.settings.faults)
         self.due: list[tuple[int, Fault]] = []
         self.has_corrupted = False
-        self.corrupt_next = 0
         self.spares = world.settings.spares
         self.spare_at: float | None = None
         self.paused: list[tuple[int, Worker]] = []
@@ -83,12 +82,6 @@ class BadLuck:
         self.spares -= 1
         self.world.add_spare(self.spares)
 
-    def corrupts(self) -> bool:
-        if self.corrupt_next:
-            self.corrupt_next -= 1
-            return True
-        return False
-
     # --- striking ----------------------------------------------------------------------------------------------------
 
     def _strike(self, fault: Fault) -> None:
@@ -108,10 +101,21 @@ class BadLuck:
                 victims[0].is_hung = True
                 self.paused.append((self.world.events + 50 + self.world.pick(1500), victims[0]))
             case "corrupt":
-                self.corrupt_next += 1
-                self.has_corrupted = True
+                self._corrupt(victims[0])
             case "node":
                 self._lose_node(victims[0])
+
+    def _corrupt(self, victim: Worker) -> None:
+        """The mirror of a rank rots at its host, sometimes its own copies as well, and then the rank is needed."""
+        self.has_corrupted = True
+        host = self.world.worker_on(self.world.settings.host_of[victim.rank])
+        rotten = [] if host is None else [host.guests.get(victim.rank, {})]
+        if self.world.pick(3) == 0:
+            rotten.append(victim.own)
+        for slots in rotten:
+            for step, snapshot in slots.items():
+                slots[step] = snapshot.corrupted()
+        victim.agent.lose([victim.rank], "killed by SIGKILL")
 
     def _lose_node(self, victim: Worker) -> None:
         agent = victim.agent

@@ -90,6 +90,7 @@ class Settings:
     parks_at_write: bool = True
     keeps_told_last: bool = True
     has_vault: bool = True
+    late_mirrors: float = 0.02
     notice: float = 0.3
     checkpoint_every: int = 0
     off: frozenset[str] = frozenset()
@@ -147,6 +148,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         parks_at_write=rng.random() < 0.5,
         keeps_told_last=rng.random() < 0.8,
         has_vault=rng.random() < 0.6,
+        late_mirrors=rng.choice([0.02, 0.02, 0.5]),
         notice=rng.choice([0.0, 0.3, 1.0]),
         checkpoint_every=rng.choice([0, 0, 1, 2]),
         off=off,

@@ -297,10 +297,9 @@ class World:
                     self.push(worker.check_news)
 
     def mirror(self, owner: Worker, snapshot: Snapshot) -> None:
-        if self.luck.corrupts():
-            snapshot = snapshot.corrupted()
         epoch, host = owner.data_epoch, self.settings.host_of[owner.rank]
-        self.post(lambda: self.deliver_mirror(owner.rank, host, snapshot, epoch))
+        is_late = self.rng.random() < self.settings.late_mirrors
+        (self.late if is_late else self.bag).append(lambda: self.deliver_mirror(owner.rank, host, snapshot, epoch))
 
     def deliver_mirror(self, guest: Rank, host: Rank, snapshot: Snapshot, epoch: Epoch) -> None:
         worker = self.worker_on(host)

@@ -1,7 +1,7 @@
 """The contexts in which gradients are not reduced yet, so that those of a step that is cut short can be left.
 
-A pipeline schedule enters ``no_sync`` by hand. If it is cut short it never leaves, and the garbage collector does it later:
-then the reduction of gradients is switched on in the middle of another step.
+A pipeline schedule enters ``no_sync`` by hand. If it is cut short it never leaves, and the garbage collector does it
+later: then the reduction of gradients is switched on in the middle of another step.
 """
 
 from __future__ import annotations

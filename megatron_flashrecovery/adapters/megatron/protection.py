@@ -55,6 +55,11 @@ class Protection:
         """This process replaces another one: it must not load a checkpoint, it gets its state from the others."""
         return self._session.is_joining
 
+    @property
+    def must_load(self) -> bool:
+        """The job fell back to its newest checkpoint: load it, also if nobody asked for that."""
+        return self._session.must_load
+
     def protect(
         self,
         model: Sequence[DistributedDataParallel],

@@ -329,8 +329,7 @@ class Agent:
         rank = end.worker.rank
         if end.exit_code != _CONFIG_EXIT or rank in self._startup:
             return False
-        lines = end.worker.log.read_text(errors="replace").strip().splitlines()
-        self._control.send(node_messages.StartRefused(self._node, lines[-1] if lines else "exit code 2"))
+        self._control.send(node_messages.StartRefused(self._node, end.last_words()))
         return True
 
     def _keep_spares(self) -> None:

@@ -79,6 +79,8 @@ class Chronicle:
         self._epoch = job.epoch
         phase = type(job.phase).__name__
         if phase != self._phase:
+            if (self._phase, phase) == ("Starting", "Training"):
+                self._say("every rank is at its first step and has its second copy: training begins")
             self._phase = phase
             self._journal.write("phase", _PhaseEntered(phase), time=time.time(), now=now, epoch=job.epoch)
 
@@ -138,8 +140,6 @@ class Chronicle:
                 self._resume(job.recoveries[-1])
             case core.Fence(ranks=ranks, reason=reason):
                 self._say(f"rank {', '.join(map(str, ranks))} is ended: {reason}")
-            case core.Stop(reason=reason):
-                self._say(f"the job stops: {reason}")
 
     def _resume(self, recovery: Recovery) -> None:
         measured, self._current = self._current, _Measured()

@@ -66,11 +66,13 @@ def _serve(config: LaunchConfig, workers: Workers, address: str) -> int:
     print(
         f"flashrecovery: {config.nproc_per_node} workers here, records in {config.log_dir}", file=sys.stderr, flush=True
     )
+    if not workers.cold_because:
+        print("flashrecovery: doing the script's imports, for all workers at once", file=sys.stderr, flush=True)
     seconds = workers.wait_for_server(config.deadlines.join_timeout)
     if workers.cold_because:
         print(f"flashrecovery: workers start cold: {workers.cold_because}", file=sys.stderr, flush=True)
     else:
-        print(f"flashrecovery: the script's imports took {seconds:.1f} s, once", file=sys.stderr, flush=True)
+        print(f"flashrecovery: the imports took {seconds:.1f} s", file=sys.stderr, flush=True)
     control = ControlClient(address, node_messages.control_codec(), config.token, __version__)
     vault = Vault()
     agent = Agent(config, node, workers, control, vault)
@@ -90,7 +92,7 @@ def _serve(config: LaunchConfig, workers: Workers, address: str) -> int:
         control.close()
         vault.close()
     if dismissal.failure:
-        print(f"flashrecovery: {dismissal.failure}", file=sys.stderr, flush=True)
+        print(f"flashrecovery: the job stops: {dismissal.failure}", file=sys.stderr, flush=True)
     return dismissal.exit_code
 
 

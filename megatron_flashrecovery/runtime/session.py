@@ -147,7 +147,8 @@ class Session:
     def guard(self, name: str, call: Callable[[], T]) -> T:
         """A call behind the last step that can enter a collective, and that every rank comes to, a replacement too.
 
-        A replacement makes all such calls from the first on, so after a recovery everybody does; ``name`` is for people.
+        A replacement makes all such calls from the first on, so after a recovery everybody does; ``name`` is for
+        people.
         """
         self._enter(self._progress.completed)
         results: list[T] = []

@@ -25,6 +25,9 @@ from megatron_flashrecovery.runtime.dialogue import Seat, dialogue_codec
 from megatron_flashrecovery.runtime.fork_server import Ended, Fork, Forked, Preloaded, fork_codec
 
 
+_TAIL_NBYTES = 8192
+
+
 @dataclass(eq=False)
 class Worker:
     """A process of this node. ``pid`` is unknown until the fork server has said it."""
@@ -62,7 +65,17 @@ class WorkerEnded:
         if os.WIFSIGNALED(self.status):
             number = os.WTERMSIG(self.status)
             return f"killed by {signal.Signals(number).name}"
-        return f"exit code {os.WEXITSTATUS(self.status)}"
+        return f"exit code {os.WEXITSTATUS(self.status)}, its last words: {self.last_words()}"
+
+    def last_words(self) -> str:
+        """The last line that the worker wrote, for a person; all of it is in its log."""
+        try:
+            with self.worker.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_NBYTES))
+                lines = log.read().decode(errors="replace").split("\n")
+        except OSError:
+            return "(its log cannot be read)"
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(nothing)")
 
     @property
     def exit_code(self) -> int:

@@ -5,8 +5,8 @@ after it. A rank past the gate has its reduced gradients; all it lacks are resul
 - from a data-parallel peer, all of them: the peer's reductions since the gate were the same, one by one;
 - else from a member of the group in whose operation it stands, only the next one: that result they share.
 A rank that is armed and stands in no operation stands right before its first write and lacks nothing: it is past the
-gate, for nobody applies the update before everybody is. It is told to go on. Whoever cannot be answered copies the state
-from a peer when the plan is executed.
+gate, for nobody applies the update before everybody is. It is told to go on. Whoever cannot be answered copies the
+state from a peer when the plan is executed.
 
 An answer is given once for each number of results that a rank had: if it did not help, repeating it will not.
 """

@@ -24,6 +24,7 @@ from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.keeper import Keeper
 from megatron_flashrecovery.runtime.line import Line
+from megatron_flashrecovery.runtime.ownership import Ownership
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
 from megatron_flashrecovery.runtime.progress import Progress, split_record, with_record
 from megatron_flashrecovery.state.fingerprint import tensors_fingerprint
@@ -45,6 +46,7 @@ class Recovery:
         registry: GroupRegistry,
         keeper: Keeper,
         framework: Framework,
+        ownership: Ownership,
         progress: Progress,
     ) -> None:
         self._seat = seat
@@ -53,6 +55,7 @@ class Recovery:
         self._registry = registry
         self._keeper = keeper
         self._framework = framework
+        self._ownership = ownership
         self._progress = progress
         self._seconds: dict[str, float] = {}
         self._live = not seat.joining
@@ -128,7 +131,7 @@ class Recovery:
             case Source.LIVE:
                 return self._progress.records[step], dict(self._progress.values[step])
             case Source.OWN:
-                return self._read_own(step, self._unique())
+                return self._read_own(step, self._ownership.unique())
             case Source.MIRROR:
                 assert share.giver is not None
                 return self._read_mirror(share.giver, step)
@@ -140,10 +143,10 @@ class Recovery:
         """A mirror that is not what its owner sent does not exist (invariant 8): then this node's own copy may do."""
         try:
             self._keeper.fetch_mirror(host, step)
-            return self._read_own(step, self._unique())
+            return self._read_own(step, self._ownership.unique())
         except SnapshotMismatch as mismatch:
             print(f"flashrecovery: the mirror that rank {host} keeps cannot be used: {mismatch}", flush=True)
-            return self._read_own(step, self._unique())
+            return self._read_own(step, self._ownership.unique())
 
     def _read_own(self, step: Step, pieces: list[TensorPiece]) -> tuple[StepRecord, dict[str, Value]]:
         values, record = split_record(self._keeper.restore(step, pieces))
@@ -165,9 +168,6 @@ class Recovery:
             values = with_record(self._progress.values[step], self._progress.records[step])
             self._keeper.give_state(share.gives_state_to, step, self._framework.tensor_pieces(), values)
 
-    def _unique(self) -> list[TensorPiece]:
-        return [piece for piece in self._framework.tensor_pieces() if piece.unique]
-
     def _keep(self, step: Step, record: StepRecord, values: dict[str, Value]) -> None:
         """The resume step has its second copy again, also where the host or this rank's own memory is new."""
         if step not in self._keeper.own_steps():
@@ -184,7 +184,7 @@ class Recovery:
 
     def _agree(self, step: Step) -> None:
         """Data-parallel peers compare what they should share, before anybody steps."""
-        pieces = [(piece.name, piece.tensor) for piece in self._framework.tensor_pieces() if not piece.unique]
+        pieces = [(piece.name, piece.tensor) for piece in self._ownership.replicated()]
         mine = step.to_bytes(8, "little") + tensors_fingerprint(pieces)
         own = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device())
         peers = self._framework.data_parallel_peers()

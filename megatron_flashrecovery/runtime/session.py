@@ -27,12 +27,12 @@ from megatron_flashrecovery.runtime.framework import Framework, Moment, StepReco
 from megatron_flashrecovery.runtime.injector import Injector
 from megatron_flashrecovery.runtime.keeper import Keeper
 from megatron_flashrecovery.runtime.line import Line
+from megatron_flashrecovery.runtime.ownership import Ownership
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
 from megatron_flashrecovery.runtime.progress import NO_STEP, Progress, with_record
 from megatron_flashrecovery.runtime.recovery import Recovery
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT, taken_seat
 from megatron_flashrecovery.runtime.settling import Berth, find_berth, take_memory
-from megatron_flashrecovery.state.pieces import TensorPiece
 
 T = TypeVar("T")
 _GROUP_TIMEOUT = timedelta(hours=1)
@@ -67,6 +67,7 @@ class Session:
         self._doing = "what follows the loop"
         self._previous_call: Callable[[], StepRecord] | None = None
         self._framework: Framework
+        self._ownership: Ownership
         self._keeper: Keeper
         self._recovery: Recovery
 
@@ -96,15 +97,16 @@ class Session:
         Raises ``ConfigError`` if there is no host for the second copy, or not enough memory for it.
         """
         self._framework = framework
+        self._ownership = Ownership(framework)
         berth = find_berth(self._bulletin, self._seat, framework.data_parallel_peers())
-        memories = take_memory(self._line, self._bulletin, self._seat, berth, framework)
+        memories = take_memory(self._line, self._bulletin, self._seat, berth, framework, self._ownership)
         self._keeper = Keeper(
-            self._seat, self._bulletin, berth, memories, self._unique(), self._lot.notify, self._injector
+            self._seat, self._bulletin, berth, memories, self._ownership.unique(), self._lot.notify, self._injector
         )
         self._line.copies = self._keeper
         self._describe(berth)
         self._recovery = Recovery(
-            self._seat, self._lot, self._line, self._registry, self._keeper, framework, self._progress
+            self._seat, self._lot, self._line, self._registry, self._keeper, framework, self._ownership, self._progress
         )
 
     def first_step(self, loaded: Step = NO_STEP) -> Step:
@@ -165,10 +167,10 @@ class Session:
         """Right before the first reduction that the update needs: nobody updates to s+1 before all mirrors of s are
         acknowledged (invariant 1), and the reductions behind this point carry that to everyone."""
         self._lot.check()
-        if not self._framework.sharded:
+        if not self._ownership.sharded:
             self._keep_before_update()
         completed = self._progress.completed
-        due = completed if self._framework.sharded else Step(completed + 1)
+        due = completed if self._ownership.sharded else Step(completed + 1)
         self._lot.wait_until(
             lambda: self._keeper.has_acknowledged(due),
             self._mirror_of(due),
@@ -228,15 +230,12 @@ class Session:
         startup = self._registry.startup_record().to_bytes()
         self._registry.stop_recording()
         self._complete(step, StepRecord(None, None))
-        if not self._framework.sharded:
+        if not self._ownership.sharded:
             self._keeper.capture(step, with_record(self._progress.values[step], None))
         self._lot.wait_until(
             lambda: self._keeper.has_acknowledged(step), self._mirror_of(step), self._seat.join_timeout
         )
         self._line.say_ready(startup)
-
-    def _unique(self) -> list[TensorPiece]:
-        return [piece for piece in self._framework.tensor_pieces() if piece.unique]
 
     def _mirror_of(self, step: Step) -> str:
         return f"rank {self._keeper.host} to acknowledge the mirror of step {step}"
@@ -252,10 +251,10 @@ class Session:
         """What this rank is part of: every group is told of by its first member."""
         framework = self._framework
         members_of = {key: self._registry.members(key) for key in self._registry.groups}
-        unique = sum(piece.nbytes for piece in self._unique())
+        unique = sum(piece.nbytes for piece in self._ownership.unique())
         self._channel.send(
             dialogue.Described(
-                sharded=framework.sharded,
+                sharded=self._ownership.sharded,
                 host=berth.host,
                 peers=framework.data_parallel_peers(),
                 groups={key: members for key, members in members_of.items() if members[0] == self.rank},
@@ -281,7 +280,7 @@ class Session:
     def _complete(self, step: Step, record: StepRecord) -> None:
         values = self._framework.values()
         self._progress.complete(step, record, values)
-        if self._framework.sharded:
+        if self._ownership.sharded:
             self._keeper.capture(step, with_record(values, record))
         self._framework.keep_data(Step(step - 1))
 

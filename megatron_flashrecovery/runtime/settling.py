@@ -19,6 +19,7 @@ from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.line import Line
+from megatron_flashrecovery.runtime.ownership import Ownership
 from megatron_flashrecovery.runtime.progress import with_record
 from megatron_flashrecovery.state.content import needed_bytes
 from megatron_flashrecovery.state.memory import Memory
@@ -77,14 +78,15 @@ def _berth(placement: Placement | NoHost, rank: Rank) -> Berth:
     return Berth(placement.host_of[rank], placement.guests_of().get(rank, ()), warnings)
 
 
-def take_memory(line: Line, bulletin: Bulletin, seat: dialogue.Seat, berth: Berth, framework: Framework) -> Memories:
+def take_memory(
+    line: Line, bulletin: Bulletin, seat: dialogue.Seat, berth: Berth, framework: Framework, ownership: Ownership
+) -> Memories:
     """Ask the agent for memory that outlives this process. Raises ``ConfigError`` if the node has not enough."""
     if seat.joining:
         own = int(bulletin.read(_size_key(seat.rank)))
         guests = {guest: int(bulletin.read(_size_key(guest))) for guest in berth.guests}
     else:
-        unique = [piece for piece in framework.tensor_pieces() if piece.unique]
-        own = needed_bytes(unique, with_record(framework.values(), StepRecord(0.0, 0.0)))
+        own = needed_bytes(ownership.unique(), with_record(framework.values(), StepRecord(0.0, 0.0)))
         bulletin.post(_epoch_key(seat, "slot_nbytes", seat.rank), str(own).encode())
         bulletin.post(_size_key(seat.rank), str(own).encode())
         guests = {guest: int(bulletin.read(_epoch_key(seat, "slot_nbytes", guest))) for guest in berth.guests}

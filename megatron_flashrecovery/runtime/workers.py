@@ -24,7 +24,6 @@ from megatron_flashrecovery.core.ids import Rank, WorkerId
 from megatron_flashrecovery.runtime.dialogue import Seat, dialogue_codec
 from megatron_flashrecovery.runtime.fork_server import Ended, Fork, Forked, Preloaded, fork_codec
 
-
 _TAIL_NBYTES = 8192
 
 

@@ -13,6 +13,7 @@ from megatron_flashrecovery.core.messages import (
     GroupCount,
     Loss,
     PairCount,
+    PlanExecuted,
     RanksReady,
     RanksStood,
     Report,
@@ -22,6 +23,7 @@ from megatron_flashrecovery.core.messages import (
     Update,
     WorkersLost,
 )
+from megatron_flashrecovery.core.phases import Executing
 from megatron_flashrecovery.core.seats import Seats
 
 A, B = NodeId("a"), NodeId("b")
@@ -124,6 +126,24 @@ def draining_job(*ranks: int, sharded: bool = True, kept: tuple[int, ...] = ()) 
     for node, seats in SEATS.items():
         if here := [rank for rank in ranks if rank in seats]:
             play(job, lost(node, *here, kept=kept))
+    return job
+
+
+def executed(node: NodeId, *ranks: int, epoch: int = 1) -> PlanExecuted:
+    return PlanExecuted(node, Epoch(epoch), tuple(map(Rank, ranks)))
+
+
+def executing_job() -> Job:
+    """Rank 3 was lost, everybody has stopped, its replacement is ready."""
+    job = draining_job(3)
+    play(job, stood(report(0), report(1)), stood(report(2)), ready(B, 3, epoch=1), now=1.0)
+    assert isinstance(job.phase, Executing)
+    return job
+
+
+def recovered_job() -> Job:
+    job = executing_job()
+    play(job, executed(A, 0, 1), executed(B, 2, 3), now=2.0)
     return job
 
 

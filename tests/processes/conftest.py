@@ -11,7 +11,6 @@ import pytest
 from megatron_flashrecovery.runtime.launch_config import Injection
 from tests.processes.launcher import Job, Outcome, run
 
-
 Undisturbed = Callable[[Job], Outcome]
 
 

@@ -70,7 +70,7 @@ class Outcome:
 
     @property
     def state(self) -> dict[int, str]:
-        return dict(self.summary.state_sha256)
+        return {int(rank): sha256 for rank, sha256 in self.summary.state_sha256.items()}
 
 
 class Running:

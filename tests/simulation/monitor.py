@@ -158,11 +158,9 @@ class Monitor:
     def on_given_up(self, reason: str, lost: set[Rank]) -> None:
         """A state is gone only if whoever had it was lost together with whoever kept a copy."""
         model, host_of = self.world.settings.model, self.world.settings.host_of
-        if model.sharded:
-            is_true = any(host_of[rank] in lost for rank in lost)
-        else:
-            # Between two writes of one update nobody has a state, if the reduction there needed the lost rank.
-            is_true = len(lost) > 1 or model.chained
+        # Between two writes of one update nobody has a state, if the reduction there needed the lost rank.
+        is_beyond_help = len(lost) > 1 or model.chained
+        is_true = any(host_of[rank] in lost for rank in lost) if model.sharded else is_beyond_help
         if not is_true and not self.world.luck.has_corrupted:
             self.blame(f"gave up although only {sorted(lost)} were lost: {reason}")
 

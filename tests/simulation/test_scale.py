@@ -130,7 +130,9 @@ def test_ranks_that_all_wait_for_operations_under_way_are_not_counted_again_for_
     for node in cluster.seats:
         spots = {rank: Spot(cluster.model.key(rank, "tp"), "forward", 9) for rank in cluster.seats[node]}
         reports = [
-            cluster.report(rank, Standing.BLOCKED, spots[rank], done=8) for rank in cluster.seats[node] if rank != VICTIM
+            cluster.report(rank, Standing.BLOCKED, spots[rank], done=8)
+            for rank in cluster.seats[node]
+            if rank != VICTIM
         ]
         handle(cluster.job, RanksStood(node, Epoch(1), OrderNumber(1), tuple(reports)), 1.1)
     for node in cluster.seats:

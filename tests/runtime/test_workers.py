@@ -1,0 +1,96 @@
+"""Processes without a job: forked or cold, watched until they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.runtime.fork_server import has_main_guard, preload
+from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
+
+GUARDED = 'import sys\nif __name__ == "__main__":\n    print("never run here")\n'
+
+
+@pytest.mark.parametrize(
+    ("source", "guarded"),
+    [
+        pytest.param(GUARDED, True, id="guarded"),
+        pytest.param("print('training')\n", False, id="bare"),
+        pytest.param("if True:\n    pass\n", False, id="another-if"),
+        pytest.param("def main():\n    if __name__ == '__main__':\n        pass\n", False, id="not-at-top-level"),
+    ],
+)
+def test_only_a_script_with_a_main_guard_may_be_imported(source: str, guarded: bool) -> None:
+    assert has_main_guard(source) is guarded
+
+
+def test_an_unguarded_script_is_never_run_by_preloading(tmp_path: Path) -> None:
+    script = tmp_path / "bare.py"
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    assert "cannot be imported without running it" in preload(str(script))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(params=[True, False], ids=["forked", "cold"])
+def workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
+    script = tmp_path / "script.py"
+    script.write_text(GUARDED)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pool = Workers(str(script), tmp_path / "logs", environment, preload=request.param)
+    pool.wait_for_server(30.0)
+    yield pool
+    pool.close(grace=2.0)
+
+
+def wait_for_pid(pool: Workers, worker: Worker) -> int:
+    deadline = time.monotonic() + 20
+    while worker.pid is None:
+        assert time.monotonic() < deadline
+        assert not pool.poll()
+        time.sleep(0.005)
+    return worker.pid
+
+
+def wait_for_end(pool: Workers) -> WorkerEnded:
+    deadline = time.monotonic() + 20
+    while not (ended := pool.poll()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    (only,) = ended
+    return only
+
+
+def test_a_killed_worker_is_noticed_with_its_cause(workers: Workers) -> None:
+    worker = workers.start("w.log")
+    os.kill(wait_for_pid(workers, worker), signal.SIGKILL)
+    end = wait_for_end(workers)
+    assert end.worker is worker
+    assert end.cause == "killed by SIGKILL"
+    assert workers.living == []
+
+
+def test_a_spare_whose_agent_goes_away_ends_by_itself(workers: Workers) -> None:
+    worker = workers.start("w.log")
+    wait_for_pid(workers, worker)
+    worker.channel.close()
+    assert wait_for_end(workers).exit_code == 0
+
+
+def test_a_worker_killed_before_its_pid_is_known_still_ends(workers: Workers) -> None:
+    workers.kill(workers.start("w.log"))
+    wait_for_end(workers)
+
+
+def test_a_script_that_cannot_be_imported_is_refused_with_its_error(tmp_path: Path) -> None:
+    script = tmp_path / "broken.py"
+    script.write_text("import no_such_module\n" + GUARDED)
+    pool = Workers(str(script), tmp_path / "logs", dict(os.environ), preload=True)
+    with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
+        pool.wait_for_server(30.0)
+    pool.close(grace=1.0)

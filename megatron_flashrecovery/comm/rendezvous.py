@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import Store
 
 from megatron_flashrecovery.comm.communicator import Severed
 
-_SLICE = timedelta(milliseconds=100)
+_FIRST_LOOK, _LAST_LOOK = 0.001, 0.05
 
 
 def meet(store: Store, size: int, severed: Callable[[], str | None], timeout: timedelta) -> None:
@@ -24,15 +24,13 @@ def meet(store: Store, size: int, severed: Callable[[], str | None], timeout: ti
     if store.add("here", 1) == size:
         store.set("all", "")
     deadline = time.monotonic() + timeout.total_seconds()
-    while True:
+    pause = _FIRST_LOOK
+    # Looks, not waits: a wait in the store cannot be woken, and torch warns of each one that times out.
+    while not store.check(["all"]):
         reason = severed()
         if reason is not None:
             raise Severed(reason)
-        try:
-            store.wait(["all"], _SLICE)
-        except RuntimeError:
-            # Slices: a wait in the store cannot be woken. A store that is gone raises at once and every time.
-            if time.monotonic() >= deadline:
-                raise
-        else:
-            return
+        if time.monotonic() >= deadline:
+            raise RuntimeError(f"only {store.add('here', 0)} of {size} members came within {timeout}")
+        time.sleep(pause)
+        pause = min(2 * pause, _LAST_LOOK)

@@ -155,7 +155,7 @@ def _give_up_rank(job: Job, event: PlanFailed, now: float) -> list[Command]:
         return []
     job.gone.add(event.worker)
     if (origin := job.phase.plan.origin_of.get(event.rank)) is not None:
-        job.failed.add((event.rank, origin))
+        job.failed[event.rank, origin, job.phase.plan.resume_step] += 1
     why = f"rank {event.rank} could not execute the plan: {event.reason}"
     return fence(job, {event.rank: event.reason}, why, now) + _go_on(job, now)
 

@@ -83,7 +83,8 @@ class Job:
         self.fenced: dict[Rank, Epoch] = {}
         """For which epoch the worker was started that was fenced on a seat, until its agent says what it left."""
         self.carried: dict[GroupKey, str] = {}
-        self.failed: set[tuple[Rank, Origin]] = set()
+        self.failed: Counter[tuple[Rank, Origin, Step]] = Counter()
+        """How often a rank could not be restored from a source."""
 
     def next_number(self) -> OrderNumber:
         self.number = OrderNumber(self.number + 1)

@@ -13,14 +13,14 @@ peer holds live.
 
 Live memory counts only together with the own snapshot of the same step: early pieces are put back from it.
 
-A source that somebody failed to restore from in this recovery is tried again only if there is no other one.
+A source that somebody failed to restore from in this recovery is tried again only if there is no other one of the same
+step; one that failed twice does not exist (invariant 8), and an older step may be what is left.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from megatron_flashrecovery.core.census import Census
@@ -52,11 +52,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a plan may draw on: the reports, what agents kept of replaced workers, and which sources have failed."""
+    """What a plan may draw on: the reports, what agents kept of replaced workers, and how often sources have failed."""
 
     census: Census
     vault: Mapping[Rank, tuple[Step, ...]] = field(default_factory=dict)
-    failed: AbstractSet[tuple[Rank, Origin]] = frozenset()
+    failed: Mapping[tuple[Rank, Origin, Step], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Unrecoverable:
 
 LIVE = Origin(Source.LIVE)
 OWN = Origin(Source.OWN)
+_GIVEN_UP = 2
 
 
 def plan_recovery(epoch: Epoch, seats: Seats, holdings: Holdings) -> RecoveryPlan | Unrecoverable:
@@ -100,18 +101,24 @@ def plan_recovery(epoch: Epoch, seats: Seats, holdings: Holdings) -> RecoveryPla
         origin_of: dict[Rank, Origin] = {}
         orphans: list[Rank] = []
         for rank in seats.node_of:
-            origins = list(find(holdings, rank, step))
-            if not origins:
+            origin = _most_trusted(holdings, rank, step, find(holdings, rank, step))
+            if origin is None:
                 orphans.append(rank)
-                continue
-            origin = min(origins, key=lambda origin: (rank, origin) in holdings.failed)
-            if origin is not LIVE:
+            elif origin is not LIVE:
                 origin_of[rank] = origin
         if not orphans:
             return _write_plan(epoch, seats, holdings.census, step, origin_of)
         if best.step is None or len(orphans) < len(best.orphans):
             best = Unrecoverable(step, tuple(sorted(orphans)))
     return best
+
+
+def _most_trusted(holdings: Holdings, rank: Rank, step: Step, origins: Iterable[Origin]) -> Origin | None:
+    if not holdings.failed:
+        return next(iter(origins), None)
+    failures = [(holdings.failed.get((rank, origin, step), 0), origin) for origin in origins]
+    fewest, origin = min(failures, key=lambda failure: failure[0], default=(_GIVEN_UP, None))
+    return origin if fewest < _GIVEN_UP else None
 
 
 def _steps(holdings: Holdings) -> set[Step]:

@@ -17,10 +17,10 @@ def peer(rank, values=None):
     return Origin(Source.PEER, Rank(rank), None if values is None else Rank(values))
 
 
-def plan(*reports, sharded=True, vault=None, failed=frozenset(), doomed=None):
+def plan(*reports, sharded=True, vault=None, failed=None, doomed=None):
     census = census_of(*reports, sharded=sharded, doomed=doomed)
     kept = {Rank(rank): tuple(map(Step, steps)) for rank, steps in (vault or {}).items()}
-    return plan_recovery(1, census.seats, Holdings(census, kept, failed))
+    return plan_recovery(1, census.seats, Holdings(census, kept, failed or {}))
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,16 @@ def test_nothing_left_at_all_is_said_so():
 
 
 def test_a_source_that_failed_is_tried_again_only_if_there_is_no_other():
-    failed = frozenset({(Rank(3), mirror(1))})
+    failed = {(Rank(3), mirror(1), Step(5)): 1}
     assert plan(report(0), report(1), report(2), vault={3: (5,)}, failed=failed).origin_of == {3: OWN}
     assert plan(report(0), report(1), report(2), failed=failed).origin_of == {3: mirror(1)}
+
+
+def test_a_source_that_failed_twice_does_not_exist_and_an_older_step_may_be_left():
+    found = plan(report(0), report(1), report(2), failed={(Rank(3), mirror(1), Step(5)): 2})
+    assert (found.resume_step, found.origin_of[3]) == (4, mirror(1))
+    failed = {(Rank(3), mirror(1), Step(step)): 2 for step in (4, 5)}
+    assert str(plan(report(0), report(1), report(2), failed=failed)) == "no copy of step 5 is left of rank 3"
 
 
 def test_every_rank_gets_a_share_and_givers_know_to_whom():

@@ -126,7 +126,7 @@ class Cluster:
 
     def _report(self, rank: Rank, lost: Rank, severed: Mapping[GroupKey, str]) -> Report:
         here, there = self.layout.coords(rank), self.layout.coords(lost)
-        counts = {key: _USED for key in self._keys(rank)}
+        counts = dict.fromkeys(self._keys(rank), _USED)
         standing, spot = Standing.PARKED, Spot(self.groups_of[rank]["tp"], "allreduce", 10)
         # Along the pipeline there are sends and receives, and as many of the ones as of the others.
         counts[self.groups_of[rank]["pp"]] = GroupCount(pairs=self._neighbours(rank))

@@ -77,5 +77,8 @@ class Framework(Protocol):
     def keep_data(self, step: Step) -> None:
         """Batches up to and including step ``step`` will not be asked for again."""
 
-    def gate_needs_message(self) -> bool:
-        """Whether the reductions between the gate and the update fail to connect all ranks (DESIGN, invariant 1)."""
+    def gate_groups(self) -> Sequence[object]:
+        """Handles over which the gate sends a message of a few bytes, one after the other, so that together with the
+        reductions that the update itself makes behind them nobody writes before every rank has come to its gate
+        (invariant 1). None, where the norm is reduced over the whole world; the data-parallel peers, where it is
+        reduced over one replica of the model; these and the replica, where there is no norm."""

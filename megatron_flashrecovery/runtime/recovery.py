@@ -75,9 +75,10 @@ class Recovery:
             except Interrupted:
                 continue
 
-    def meet_peers(self) -> None:
-        """A reduction of a few bytes over the data-parallel peers: nobody leaves before everybody has come."""
-        dist.all_reduce(torch.ones(1, dtype=torch.int32, device=self._device()), group=self._group())
+    def meet(self, group: object) -> None:
+        """A reduction of a few bytes: nobody leaves before every member has come."""
+        assert isinstance(group, dist.ProcessGroup)
+        dist.all_reduce(torch.ones(1, dtype=torch.int32, device=self._device()), group=group)
 
     def _attempt(self, plan: ExecutePlan) -> None:
         (share,) = plan.shares

@@ -179,8 +179,8 @@ class Session:
         self._lot.check()
         self._progress.update = Update.ARMED
         self._lot.begin_telling(Step(completed + 1))
-        if self._framework.gate_needs_message():
-            self._recovery.meet_peers()
+        for group in self._framework.gate_groups():
+            self._recovery.meet(group)
 
     def before_update(self) -> None:
         """Right before the first write to masters or moments. Raises ``Interrupted`` if an abort has begun: an

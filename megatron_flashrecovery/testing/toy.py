@@ -160,8 +160,8 @@ class Toy:
     def keep_data(self, step: Step) -> None:
         """The position is all there is."""
 
-    def gate_needs_message(self) -> bool:
-        return not self.sharded
+    def gate_groups(self) -> Sequence[object]:
+        return () if self.sharded else (self._data_group,)
 
 
 def _own(rank_lists: list[list[int]], rank: int, desc: str) -> dist.ProcessGroup:

@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_flashrecovery.adapters.megatron.model_state import ModelState
-from megatron_flashrecovery.adapters.megatron.optimizer_state import OptimizerState
+from megatron_flashrecovery.adapters.megatron.optimizer_state import NormReach, OptimizerState
 from megatron_flashrecovery.adapters.megatron.partial_step import PartialStep
 from megatron_flashrecovery.adapters.megatron.random_state import RandomState
 from megatron_flashrecovery.adapters.megatron.replay import ReplayableBatches
@@ -122,8 +122,15 @@ class MegatronFramework:
     def keep_data(self, step: Step) -> None:
         self.batches.forget_before(step)
 
-    def gate_needs_message(self) -> bool:
-        return not self._optimizer.norm_connects_all_ranks()
+    def gate_groups(self) -> Sequence[object]:
+        peers, replica = self.agreement_group(), parallel_state.get_model_parallel_group()
+        match self._optimizer.norm_reach():
+            case NormReach.WORLD:
+                return ()
+            case NormReach.REPLICA:
+                return (peers,)
+            case NormReach.NOBODY:
+                return (peers, replica)
 
     @staticmethod
     def _samples_per_step() -> int:

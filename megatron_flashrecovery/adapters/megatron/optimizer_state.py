@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
@@ -16,6 +18,14 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class NormReach(Enum):
+    """Who takes part in the reduction of the gradient norm together."""
+
+    WORLD = "world"
+    REPLICA = "replica"
+    NOBODY = "nobody"
 
 
 class OptimizerState:
@@ -76,13 +86,15 @@ class OptimizerState:
             # Not by the attribute of the instance: there it says that an update has been applied.
             type(inner)._copy_main_params_to_model_params(inner)
 
-    def norm_connects_all_ranks(self) -> bool:
-        """Whether the gradient norm of every step is reduced over the whole world, in one group."""
+    def norm_reach(self) -> NormReach:
+        """Over whom the gradient norm of every step is reduced in one operation."""
         if not isinstance(self._optimizer, ChainedOptimizer) and self._optimizer.config.clip_grad <= 0.0:
-            return False
-        groups = [inner.get_grad_stats_parallel_group() for inner in self._inner]
-        world = dist.get_world_size()
-        return bool(groups) and all(dist.get_world_size(group) == world for group in groups)
+            return NormReach.NOBODY
+        reaches = {tuple(dist.get_process_group_ranks(inner.get_grad_stats_parallel_group())) for inner in self._inner}
+        if reaches == {tuple(range(dist.get_world_size()))}:
+            return NormReach.WORLD
+        replica = tuple(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+        return NormReach.REPLICA if reaches == {replica} else NormReach.NOBODY
 
     def _refuse_what_is_not_known(self) -> None:
         for inner in self._inner:

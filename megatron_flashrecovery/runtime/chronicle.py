@@ -15,6 +15,7 @@ from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.recovery import Recovery
+from megatron_flashrecovery.core.waiting import whom_for
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Journal
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
@@ -30,6 +31,7 @@ from megatron_flashrecovery.runtime.summary import (
 )
 
 _NO_STEP = Step(0)
+_FIRST_REMINDER, _NEXT_REMINDER = 2.0, 10.0
 _RESTORE_PARTS = ("restore", "gather", "agree", "mirror")
 
 
@@ -61,6 +63,7 @@ class Chronicle:
         self._final: dict[Rank, str] = {}
         self._last_step = Step(0)
         self._warned: set[str] = set()
+        self._waiting: tuple[Epoch, float] | None = None
         self._closed = False
 
     def begin(self, job: Job, now: float) -> None:
@@ -83,6 +86,18 @@ class Chronicle:
                 self._say("every rank is at its first step and has its second copy: training begins")
             self._phase = phase
             self._journal.write("phase", _PhaseEntered(phase), time=time.time(), now=now, epoch=job.epoch)
+
+    def remind(self, job: Job, now: float) -> None:
+        """Called again and again: silence of more than two seconds needs an explanation."""
+        whom = whom_for(job)
+        if whom is None:
+            self._waiting = None
+            return
+        if self._waiting is None or self._waiting[0] != job.epoch:
+            self._waiting = (job.epoch, now + _FIRST_REMINDER)
+        elif now >= self._waiting[1]:
+            self._waiting = (job.epoch, now + _NEXT_REMINDER)
+            self._say(f"epoch {job.epoch}: waiting for {whom}")
 
     def note(self, message: object) -> None:
         """What only the record needs to know."""

@@ -49,6 +49,7 @@ class Controller:
         self._chronicle.begin(self._job, time.monotonic())
         while not self._over.is_set():
             self._apply(core.ClockTicked())
+            self._chronicle.remind(self._job, time.monotonic())
             self._check_silence()
             try:
                 await asyncio.wait_for(self._over.wait(), _TICK)

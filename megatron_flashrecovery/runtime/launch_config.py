@@ -65,7 +65,7 @@ class Deadlines:
 
     heartbeat_interval: float = 0.5
     heartbeat_timeout: float = 3.0
-    drain_timeout: float = 10.0
+    drain_timeout: float = 30.0
     join_timeout: float = 300.0
     execute_timeout: float = 60.0
 

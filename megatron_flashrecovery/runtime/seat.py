@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
 import sys
@@ -12,6 +13,7 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.runtime.dialogue import Seat
 
 FROM_CHECKPOINT = "FLASHRECOVERY_FROM_CHECKPOINT"
+_PR_SET_NAME = 15
 _taken: tuple[Seat, Channel] | None = None
 
 
@@ -36,6 +38,7 @@ def take_seat(channel: Channel) -> None:
         sys.exit(0)
     assert isinstance(message, Seat), message
     _taken = (message, channel)
+    _name_process(f"rank{message.rank}")
     os.environ.update(message.environment)
     sys.argv = [message.script, *message.script_args]
     try:
@@ -43,6 +46,11 @@ def take_seat(channel: Channel) -> None:
     except ConfigError as error:
         print(f"flashrecovery: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _name_process(name: str) -> None:
+    """For ``ps`` and ``top``: all workers were forked from one command line."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def _run_script(seat: Seat) -> None:

@@ -73,6 +73,7 @@ class TreeLink:
         self._wake = wake
         self._unsent = bytearray()
         self._received = bytearray()
+        self._marker: int | None = None
 
     def send(self, kind: Kind, number: int, payload: bytes, deadline: float) -> None:
         self._unsent += _HEADER.pack(kind, number, len(payload)) + payload
@@ -95,6 +96,10 @@ class TreeLink:
     def data(self, number: int, deadline: float) -> bytes:
         """The payload of the operation with this number; ``LinkBroken`` if the other side is in another one."""
         kind, found, payload = self.receive(deadline)
+        if kind is Kind.MARKER:
+            # The other side is on its way to a new epoch already. Its marker comes once, so it is kept for ``relink``.
+            self._marker = found
+            raise LinkBroken(f"tree link: the other side has left for epoch {found}")
         if kind is not Kind.DATA or found != number:
             raise LinkBroken(f"tree link: the other side is in operation {found}, this one in {number}")
         return payload
@@ -103,10 +108,11 @@ class TreeLink:
         """Discard everything up to the marker of this epoch. False when it did not come before ``deadline``, or never
         will because the link is broken."""
         try:
-            while True:
+            while self._marker != epoch:
                 kind, number, _ = self.receive(deadline)
-                if kind is Kind.MARKER and number == epoch:
-                    return True
+                if kind is Kind.MARKER:
+                    self._marker = number
+            return True
         except LinkBroken:
             return False
 

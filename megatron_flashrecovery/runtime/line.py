@@ -157,7 +157,7 @@ class Line:
                     self._channel.send(dialogue.Ready(self.epoch, b""))
             case GetOutOfTheWay(advance=advance, sever=sever, answer=answer):
                 for key, reason in sever.items():
-                    self._registry.sever([key], reason)
+                    self._registry.sever([key], reason, message.epoch)
                 self._registry.settle()
                 self._lot.get_out_of_the_way(advance, answer)
                 self.report()

@@ -37,6 +37,10 @@ class PeersDisagree(FlashRecoveryError):
     """After a restore the replicated pieces of data-parallel peers are not the same bits."""
 
 
+class NotCompleted(FlashRecoveryError):
+    """A rank was taken to hold a step of which it holds the tensors only."""
+
+
 class Recovery:
     def __init__(
         self,
@@ -130,6 +134,9 @@ class Recovery:
     def _restore(self, share: Share, step: Step) -> tuple[StepRecord, dict[str, Value]]:
         match share.source:
             case Source.LIVE:
+                if step not in self._progress.records:
+                    # Applied, but cut short before its call returned: what the call reports is not known here.
+                    raise NotCompleted(f"rank {self._seat.rank} has applied step {step} and never completed it")
                 return self._progress.records[step], dict(self._progress.values[step])
             case Source.OWN:
                 return self._read_own(step, self._ownership.unique())

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from megatron_flashrecovery.comm.channel import Channel
+from megatron_flashrecovery.comm.nccl_communicator import contradictions, nccl_environment
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.comm.startup_record import StartupRecord
@@ -87,7 +88,14 @@ class Session:
         return FROM_CHECKPOINT in os.environ and not self._joining
 
     def install_groups(self) -> None:
-        """From here on every process group that is made in this process is a handle. Before ``init_process_group``."""
+        """From here on every process group that is made in this process is a handle. Before ``init_process_group``.
+
+        Raises ``ConfigError`` if the environment tells NCCL to end this process where it has to wait for a replacement.
+        """
+        if wrong := contradictions(os.environ):
+            raise ConfigError(wrong[0])
+        for name, value in nccl_environment().items():
+            os.environ.setdefault(name, value)
         self._registry.install()
         self._line.start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -17,6 +18,7 @@ from megatron_flashrecovery.comm.communicator import Severed
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.comm.startup_record import StartupRecord
 from megatron_flashrecovery.comm.tree import ancestors, preorder
+from megatron_flashrecovery.comm.tree_link import Kind, LinkBroken, TreeLink, Wake
 from megatron_flashrecovery.comm.tree_links import TreeLinks, children_of, parent_of
 from megatron_flashrecovery.core.ids import Epoch, Rank
 from megatron_flashrecovery.testing.parking import FakeParking
@@ -192,6 +194,52 @@ def test_the_tree_reaches_everybody_once_with_three_links_at_most(size):
         assert all(parent_of(child) == member for child in children_of(member, size))
         assert ancestors(member)[-1] == 0
         assert len(ancestors(member)) <= size.bit_length()
+
+
+@pytest.fixture
+def link_ends():
+    """The two ends of one link."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = socket.create_connection(listener.getsockname()), listener.accept()[0]
+    wakes = (Wake(), Wake())
+    ends = [TreeLink(*each) for each in zip(connections, wakes, strict=True)]
+    yield ends
+    for end, wake in zip(ends, wakes, strict=True):
+        end.close()
+        wake.close()
+
+
+def soon() -> float:
+    return time.monotonic() + 5
+
+
+def test_a_marker_that_comes_while_an_operation_waits_is_not_lost(link_ends):
+    ours, theirs = link_ends
+    theirs.send(Kind.MARKER, 1, b"", soon())
+    with pytest.raises(LinkBroken, match="epoch 1"):
+        ours.data(7, soon())
+    assert ours.try_marker(1, soon())
+
+
+def test_what_an_aborted_operation_left_on_its_way_is_discarded(link_ends):
+    ours, theirs = link_ends
+    for number, kind in ((7, Kind.DATA), (1, Kind.MARKER), (1, Kind.DATA)):
+        theirs.send(kind, number, b"payload", soon())
+    assert ours.try_marker(1, soon())
+    assert ours.data(1, soon()) == b"payload"
+
+
+def test_a_frame_that_was_cut_by_severing_is_sent_to_its_end_later(link_ends):
+    ours, theirs = link_ends
+    large = b"x" * 10_000_000
+    theirs._wake.ring("a test")
+    with pytest.raises(Severed):
+        theirs.send(Kind.DATA, 7, large, soon())
+    theirs._wake.clear()
+    sender = threading.Thread(target=theirs.send, args=(Kind.MARKER, 1, b"", soon()))
+    sender.start()
+    assert ours.try_marker(1, soon())
+    sender.join()
 
 
 def linked(member: int, size: int, store: Any, links: TreeLinks, epoch: int, made: list[int]) -> None:

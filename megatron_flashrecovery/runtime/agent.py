@@ -329,7 +329,7 @@ class Agent:
         rank = end.worker.rank
         if end.exit_code != _CONFIG_EXIT or rank in self._startup:
             return False
-        self._control.send(node_messages.StartRefused(self._node, end.last_words()))
+        self._control.send(node_messages.StartRefused(self._node, end.last_words().removeprefix("flashrecovery: ")))
         return True
 
     def _keep_spares(self) -> None:

@@ -24,18 +24,17 @@ OPTIMIZERS = {
     "log-3": ("--log-interval", "3"),
     "bf16-dropout": ("--bf16", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"),
 }
+SLOW = pytest.mark.slow
 MOMENTS = ("forward", "backward", "grad_sync", "optimizer", "mirror", "between")
-# (optimizer, rank, moment): every rank, every moment and every optimizer at least once.
+# (optimizer, rank, moment): every moment at least once.
 SAMPLE = (
     ("distributed", 5, "backward"),
     ("distributed", 2, "between"),
     ("plain", 1, "optimizer"),
-    ("plain", 6, "grad_sync"),
-    ("overlap", 0, "forward"),
+    ("overlap", 0, "grad_sync"),
     ("overlap", 3, "optimizer"),
     ("plain-overlap-bf16", 4, "mirror"),
-    ("log-3", 7, "backward"),
-    ("bf16-dropout", 5, "optimizer"),
+    ("bf16-dropout", 7, "forward"),
 )
 
 
@@ -75,12 +74,12 @@ def test_a_kill_of_any_rank_at_any_moment_changes_no_bit(
 @pytest.mark.parametrize(
     "injections",
     [
-        pytest.param((kill(5, 4, "backward"), kill(2, 4, "backward")), id="two-dp-groups-at-once"),
+        pytest.param((kill(5, 4, "backward"), kill(2, 4, "backward")), id="two-dp-groups-at-once", marks=SLOW),
         pytest.param(
             (kill(0, 3, "forward"), kill(5, 4, "optimizer"), kill(6, 5, "backward")), id="three-steps-in-a-row"
         ),
         pytest.param((kill(3, 1, "backward"),), id="before-the-first-step-ends"),
-        pytest.param((kill(5, 4, "backward"), kill(7, 4, "backward")), id="a-rank-and-its-host"),
+        pytest.param((kill(5, 4, "backward"), kill(7, 4, "backward")), id="a-rank-and-its-host", marks=SLOW),
     ],
 )
 def test_losses_together_and_in_a_row_change_no_bit(

@@ -115,6 +115,11 @@ class Launched:
         self._reader.join(_GRACE)
         return self.process.returncode
 
+    def must_end(self, timeout: float) -> None:
+        """Raises ``RuntimeError`` with all that it said if it does not end well."""
+        if self.until_end(timeout) != 0:
+            raise RuntimeError(f"the job failed with exit code {self.process.returncode}:\n{self.output}")
+
     def _read_along(self) -> None:
         """A pipe that nobody reads fills up, and then the job stands still."""
         assert self.process.stdout is not None

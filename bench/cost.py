@@ -1,10 +1,10 @@
 """What recovery costs while nothing fails: step time and CPU time with it on and with it off, in turns.
 
-Two jobs of the same script and model live side by side, one under `flashrecovery run` with recovery on, one under plain
-torchrun. Every process of one of them is stopped (SIGSTOP) while the other one computes a step, turn by turn, so both
-halves of a pair meet the same machine a few seconds apart. What a job had not finished when its turn ended, such as a
-mirror under way, it finishes in its own next turn. A turn is timed from here, by the line that the job adds to
-`steps.jsonl`. There are two rounds of fresh jobs, because where a process lies in memory is a matter of luck.
+Two jobs of the same script and model live side by side, one with recovery and one without. Every process of one of them
+is stopped (SIGSTOP) while the other one computes a step, turn by turn, so both halves of a pair meet the same machine a
+few seconds apart. What a job had not finished when its turn ended, such as a mirror under way, it finishes in its own
+next turn. A turn is timed from here, by the line that the job adds to `steps.jsonl`. In the first round both jobs run
+under our launcher, in the second one the job without recovery runs under plain torchrun.
 
 A rank's unique state is at least 64 MiB and a step has 2,048 tokens. For the speed of a mirror link see `mirror`.
 """
@@ -16,18 +16,19 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from bench.launched import Launched, gpt, torchrun, with_recovery
+from bench.launched import Launched, gpt, torchrun, with_recovery, without_recovery
 from bench.report import Figure, write
 from megatron_flashrecovery.runtime.journal import FILE_NAME, read_journal
 
-ROUNDS = 2
+OFF, TORCHRUN = "off", "plain torchrun"
+WITHOUT = (OFF, TORCHRUN)
 PAIRS = 10
 WARM_UP = 2
 LEAST_UNIQUE = 64 << 20
@@ -42,6 +43,8 @@ _MODEL = {
     "--global-batch-size": 4,
 }
 _TOKENS = 2048
+_ENOUGH = 200
+"""Steps: the jobs are ended when enough has been measured."""
 # A job that is stopped for as long as a step takes must not take its own agent for dead.
 _PATIENCE = ("--heartbeat-timeout", "120", "--drain-timeout", "180")
 _START_TIMEOUT, _STEP_TIMEOUT = 300.0, 120.0
@@ -58,48 +61,65 @@ class Turn:
 
 def main() -> None:
     samples: Samples = {}
-    for _ in range(ROUNDS):
+    for without in WITHOUT:
         with tempfile.TemporaryDirectory() as directory:
-            measure(Path(directory), samples)
+            measure(without, Path(directory), samples)
     write("cost", figures(samples), samples)
 
 
 def figures(samples: Samples) -> list[Figure]:
-    pairs = list(zip(samples["step on"], samples["step off"], strict=True))
-    cpu_pairs = zip(samples["cpu on"], samples["cpu off"], samples["mirrored"], strict=True)
+    def pairs(what: str, without: str) -> list[tuple[float, float]]:
+        return list(zip(samples[f"{what}, on beside {without}"], samples[f"{what}, {without}"], strict=True))
+
+    gib = sum(samples["unique"]) / _GIB
     return [
-        Figure("step time, recovery on / off", statistics.median(on / off for on, off in pairs), "", at_most=1.03),
-        Figure("step time, recovery on", statistics.median(samples["step on"]), "s"),
-        Figure("step time, recovery off", statistics.median(samples["step off"]), "s"),
+        *(
+            Figure(
+                f"step time, recovery on / {without}",
+                statistics.median(on / off for on, off in pairs("step", without)),
+                "",
+                at_most=1.03,
+            )
+            for without in WITHOUT
+        ),
+        *(Figure(f"step time, {without}", statistics.median(samples[f"step, {without}"]), "s") for without in WITHOUT),
         Figure("unique state of the rank that has least", min(samples["unique"]) / 2**20, "MiB", at_least=64.0),
-        Figure("mirrored in a step, all ranks", statistics.median(samples["mirrored"]), "GiB"),
-        Figure(
-            "CPU time with recovery on more than off, for each GiB mirrored",
-            statistics.median((on - off) / gib for on, off, gib in cpu_pairs),
-            "s/GiB",
+        Figure("mirrored in a step by all ranks", gib, "GiB"),
+        *(
+            Figure(
+                f"CPU time for each GiB mirrored, more than {without}",
+                statistics.median((on - off) / gib for on, off in pairs("cpu", without)),
+                "s/GiB",
+            )
+            for without in WITHOUT
         ),
     ]
 
 
-def measure(directory: Path, samples: Samples) -> None:
+def measure(without: str, directory: Path, samples: Samples) -> None:
     """One round: two fresh jobs take ``PAIRS`` steps each, after some to warm up."""
     assert _MODEL["--global-batch-size"] * _MODEL["--seq-length"] == _TOKENS
-    flags = [part for flag, value in _MODEL.items() for part in (flag, str(value))]
-    steps = ("--lr", "1e-4", "--train-iters", str(WARM_UP + PAIRS + 2))
-    with ExitStack() as stack:
-        on = stack.enter_context(_taking_turns(with_recovery(gpt(*flags, *steps, flags=_PATIENCE), directory / "on")))
-        off = stack.enter_context(_taking_turns(torchrun((*flags, *steps), directory / "off")))
-        unique = _unique_nbytes(directory / "on")
+    model = [part for flag, value in _MODEL.items() for part in (flag, str(value))]
+    arguments = (*model, "--lr", "1e-4", "--train-iters", str(_ENOUGH))
+    with (
+        with_recovery(gpt(*arguments, flags=_PATIENCE), directory / "on") as job_on,
+        _baseline(without, arguments, directory / "off") as job_off,
+        _taking_turns(job_on, job_off) as (on, off),
+    ):
+        samples["unique"] = _unique_nbytes(directory / "on")
         for number in range(-WARM_UP, PAIRS):
-            order = (on, off) if number % 2 else (off, on)
-            turns = {id(player): player.take() for player in order}
+            turns = {id(player): player.take() for player in ((on, off) if number % 2 else (off, on))}
             if number < 0:
                 continue
-            for name, player in (("on", on), ("off", off)):
-                samples.setdefault(f"step {name}", []).append(turns[id(player)].seconds)
-                samples.setdefault(f"cpu {name}", []).append(turns[id(player)].cpu_seconds)
-            samples.setdefault("mirrored", []).append(sum(unique) / _GIB)
-        samples.setdefault("unique", []).extend(map(float, unique))
+            for name, player in ((f"on beside {without}", on), (without, off)):
+                samples.setdefault(f"step, {name}", []).append(turns[id(player)].seconds)
+                samples.setdefault(f"cpu, {name}", []).append(turns[id(player)].cpu_seconds)
+
+
+def _baseline(without: str, arguments: Sequence[str], directory: Path) -> Launched:
+    if without == TORCHRUN:
+        return torchrun(arguments, directory)
+    return without_recovery(arguments, directory, _PATIENCE)
 
 
 class Player:
@@ -136,21 +156,22 @@ class Player:
 
 
 @contextmanager
-def _taking_turns(launched: Launched) -> Iterator[Player]:
-    """From its first complete step on it stands still. At the end it is let go, for whoever is stopped cannot end."""
-    with launched:
-        launched.wait_for(lambda: launched.steps_done() > 0, "the first step", _START_TIMEOUT)
-        player = Player(launched)
-        try:
-            yield player
-        finally:
+def _taking_turns(*jobs: Launched) -> Iterator[list[Player]]:
+    """Once all have completed a step they stand still. At the end they are let go: whoever is stopped cannot end."""
+    for job in jobs:
+        job.wait_for(lambda job=job: job.steps_done() > 0, "the first step", _START_TIMEOUT)  # type: ignore[misc]
+    players = [Player(job) for job in jobs]
+    try:
+        yield players
+    finally:
+        for player in players:
             player.go_on()
 
 
-def _unique_nbytes(directory: Path) -> list[int]:
+def _unique_nbytes(directory: Path) -> list[float]:
     """Of each rank, by what it told the controller."""
     bills = [line.body for line in read_journal(directory / FILE_NAME) if line.name == "BillNoted"]
     unique = {int(bill["rank"]): int(bill["unique_nbytes"]) for bill in bills}
     assert len(unique) == 8, unique
     assert min(unique.values()) >= LEAST_UNIQUE, unique
-    return list(unique.values())
+    return [float(nbytes) for nbytes in unique.values()]

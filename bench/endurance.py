@@ -1,11 +1,11 @@
 """Fifty recoveries in one run: what whoever survives them all gains with each, in memory, descriptors and threads.
 
 Three processes are never replaced: the launcher (agent and controller), the fork server, and rank 0, which is spared.
-They are sampled from `/proc` between the recoveries, once everybody steps again. Growth is the median slope between all
-pairs of samples (Theil and Sen), which a few odd samples do not move. What is filled once is no growth: a quarter of the
-recoveries is left out of it, and the GPT trains undisturbed at first, because even so its ranks gain memory for their
-first hundred steps. The record of a step is kept for as long as the run lasts, so a part of what the launcher gains
-comes from the steps between two recoveries.
+They are sampled from `/proc` between the recoveries, once everybody steps again. Growth is the median slope between
+all pairs of samples (Theil and Sen), which a few odd samples do not move. What is filled once is no growth: a quarter
+of the recoveries is left out of it, and the GPT trains undisturbed at first, because even so its ranks gain memory for
+their first hundred steps. The record of a step is kept for as long as the run lasts, so a part of what the launcher
+gains comes from the steps between two recoveries.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def observe(trial: Trial) -> Observed:
         processes = _never_replaced(launched)
         for number in range(1, trial.recoveries + 1):
             window = trial.sampled_at(number)
-            launched.wait_for(lambda at=window.start: launched.steps_done() >= at, "the next steps", _STEP_TIMEOUT)  # type: ignore[misc]
+            due = window.start
+            launched.wait_for(lambda due=due: launched.steps_done() >= due, "the next steps", _STEP_TIMEOUT)  # type: ignore[misc]
             taken = {who: _sample(process) for who, process in processes.items()}
             if launched.steps_done() < window.stop:  # else the next loss may be seen in it already
                 observed.numbers.append(number)

@@ -138,6 +138,12 @@ def torchrun(arguments: Sequence[str], directory: Path, script: Path = GPT, rank
     return Launched([*command, *port, str(script), "--dump-dir", str(directory), *arguments], directory)
 
 
+def without_recovery(arguments: Sequence[str], directory: Path, flags: Sequence[str] = ()) -> Launched:
+    """Under our launcher, by a script that does not ask for recovery."""
+    job = Job(GPT, 8, ("--dump-dir", str(directory), *arguments), flags=tuple(flags))
+    return Launched(job.command(directory / "log"), directory)
+
+
 def gpt(*arguments: str, injections: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> Job:
     """The main job: real megatron-core, TP2 x PP2 x DP2."""
     return Job(GPT, 8, (RECOVERY, *arguments), injections, flags)

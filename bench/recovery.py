@@ -103,5 +103,3 @@ def _steps(launched: Launched) -> dict[int, float]:
 def _note(samples: Samples, name: str, seconds: PhaseSeconds) -> None:
     for phase, value in asdict(seconds).items():
         samples.setdefault(f"{name} {phase}", []).append(value)
-
-

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.launched import gpt, torchrun, with_recovery
 from bench.report import Figure, write
+from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.runtime.summary import read_steps, read_summary
 
 CONFIGURATIONS: dict[str, tuple[str, ...]] = {
@@ -68,7 +69,8 @@ def difference_of(a: Path, b: Path, steps: int) -> Difference:
     result_of = [{line.step: (line.loss_hex, line.grad_norm_hex) for line in read_steps(each)} for each in (a, b)]
     state_of = [read_summary(each).state_sha256 for each in (a, b)]
     # What is missing on one side differs, and what is missing on both sides does, too.
-    differing = sum(result_of[0].get(s) != result_of[1].get(s) or s not in result_of[0] for s in range(1, steps + 1))
+    wanted = [Step(step) for step in range(1, steps + 1)]
+    differing = sum(result_of[0].get(step) != result_of[1].get(step) or step not in result_of[0] for step in wanted)
     ranks = sorted({*state_of[0], *state_of[1]})
     others = sum(state_of[0].get(rank) != state_of[1].get(rank) for rank in ranks)
     verify = (sys.executable, "-m", "megatron_flashrecovery", "verify", str(a), str(b))

@@ -19,8 +19,15 @@ from megatron_flashrecovery.comm.codec import Codec
 from megatron_flashrecovery.core.errors import ConfigError, LinkLost
 
 _METHOD = "/flashrecovery.Control/Attach"
+_GRACE = 3.0
 _TOKEN, _VERSION = "flashrecovery-token", "flashrecovery-version"
-_OPTIONS = (("grpc.max_receive_message_length", 1 << 28), ("grpc.max_send_message_length", 1 << 28))
+_OPTIONS = (
+    # Two jobs on one port must not share it: an agent could come to the wrong controller.
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.max_receive_message_length", 1 << 28),
+    ("grpc.max_send_message_length", 1 << 28),
+)
 
 if TYPE_CHECKING:
     _Handler = grpc.GenericRpcHandler[bytes, bytes]  # generic in the stubs only
@@ -56,7 +63,7 @@ class ControlServer:
         return bound
 
     async def stop(self) -> None:
-        await self._server.stop(grace=0.2)
+        await self._server.stop(grace=_GRACE)
 
     async def _attach(
         self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]

@@ -189,6 +189,12 @@ class GroupRegistry:
             options=request.options,
             device=request.device,
         )
+        if self._record is None and not self._recording:
+            print(
+                f"flashrecovery: WARNING: {identity.key} was made after the first step: a replacement lacks it, "
+                f"so a loss in it restarts all of its members; make groups before the training loop",
+                flush=True,
+            )
         group = FlashGroup(identity, self._parking, self._whereabouts, self._make)
         self._groups[identity.key] = group
         if self._record is not None:

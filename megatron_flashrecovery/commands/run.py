@@ -171,7 +171,7 @@ def _endpoint(arguments: argparse.Namespace) -> tuple[str, int]:
 
 
 def _default_log_dir() -> Path:
-    return Path("flashrecovery-logs") / datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    return Path("flashrecovery-logs") / datetime.now(UTC).strftime(f"%Y%m%dT%H%M%S-{os.getpid()}")
 
 
 def _warn_of_untested_torch() -> None:

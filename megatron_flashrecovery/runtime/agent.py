@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import select
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,7 +19,7 @@ from typing import Protocol
 from megatron_flashrecovery.comm.channel import ChannelClosed
 from megatron_flashrecovery.comm.codec import UnknownMessage
 from megatron_flashrecovery.core import messages as core
-from megatron_flashrecovery.core.errors import FlashRecoveryError
+from megatron_flashrecovery.core.errors import ConfigError, FlashRecoveryError
 from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, WorkerId
 from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
@@ -29,6 +30,7 @@ from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
 from megatron_flashrecovery.state.vault import Holding, Vault
 
 _TICK = 0.05
+_LEAVE_TOGETHER = 2.0
 _CONFIG_EXIT = 2
 
 
@@ -62,9 +64,10 @@ class Agent:
         self._fenced: dict[WorkerId, str] = {}
         self._fired: set[int] = set()
         self._ended_well: set[Rank] = set()
+        self._late_failures: list[str] = []
+        self._leaving: dict[Rank, tuple[WorkerEnded, float]] = {}
         self._released = False
         self._dismissal: node_messages.Dismiss | None = None
-        self._last_heartbeat = 0.0
 
     def hear(self, message: object) -> None:
         """Called by the control stream, on its thread."""
@@ -74,14 +77,16 @@ class Agent:
     def run(self, on_tick: Callable[[], None]) -> node_messages.Dismiss:
         """Until the controller dismisses this node."""
         self._control.send(node_messages.NodeAttached(self._node, self.ranks))
+        patience = time.monotonic() + self._config.deadlines.join_timeout
         while self._dismissal is None:
+            if not self._store[0] and time.monotonic() > patience:
+                raise ConfigError(f"not all of the {self._config.nnodes} nodes have come: start the others, too")
             self._wait()
             self._obey()
             self._notice_deaths()
             self._listen()
             self._keep_spares()
             self._tell_started()
-            self._beat()
             on_tick()
         return self._dismissal
 
@@ -98,6 +103,8 @@ class Agent:
     def _obey_one(self, order: object) -> None:
         match order:
             case node_messages.NodeWelcome(epoch=epoch, store_host=host, store_port=port):
+                if self._store[0]:
+                    return  # told twice: these seats are taken
                 self._store = (host, port)
                 self._start(epoch, self.ranks, joining=False)
             case core.StartWorkers(epoch=epoch, ranks=ranks):
@@ -147,6 +154,7 @@ class Agent:
         self._startup.clear()
         self._described.clear()
         self._ended_well.clear()
+        self._leaving.clear()
         if order.from_checkpoint:
             self._environment[FROM_CHECKPOINT] = "1"
         self._start(order.epoch, self.ranks, joining=False)
@@ -286,30 +294,62 @@ class Agent:
 
     def _notice_deaths(self) -> None:
         ended = self._workers.poll()
-        if not ended:
-            return
-        self._listen()  # what they still said before they died counts, and comes first
-        losses = []
+        told: list[object] = []
         for end in ended:
+            self._hear_last_words(end.worker, told)
             end.worker.channel.close()
             if end.worker in self._spares:
                 self._spares.remove(end.worker)
-            if end.worker.seat is None:
-                continue
-            if end.worker.doomed and end.worker.id not in self._fenced:
-                continue
-            if self._refuses_to_start(end):
-                continue
-            # Once released, its work is done and recorded: how it leaves does not matter any more.
-            if self._released or (end.status == 0 and not self._takes_part(end.worker)):
-                self._ended_well.add(end.worker.seat.rank)
-            else:
-                losses.append(self._loss(end))
+        for message in merged(told):
+            self._control.send(message)
+        self._report_losses([end for end in ended if self._is_loss(end)] + self._stayed_alone())
+        if self._ended_well == set(self.ranks):
+            self._ended_well.clear()
+            self._control.send(node_messages.NodeDone(self._node, "; ".join(self._late_failures)))
+
+    def _hear_last_words(self, worker: Worker, told: list[object]) -> None:
+        """What it still said before it died counts, and comes before its death."""
+        with suppress(ChannelClosed):
+            while select.select([worker.channel.fileno()], [], [], 0)[0]:
+                worker.channel.fill()
+        while (heard := worker.channel.next_message()) is not None:
+            if not worker.doomed:
+                self._hear_worker(worker, heard[0], told)
+
+    def _is_loss(self, end: WorkerEnded) -> bool:
+        worker = end.worker
+        if worker.seat is None or (worker.doomed and worker.id not in self._fenced):
+            return False
+        if self._refuses_to_start(end):
+            return False
+        if self._released or (end.status == 0 and not self._takes_part(worker)):
+            if end.status:
+                self._late_failures.append(f"rank {worker.rank} failed after its last step: {end.cause}")
+            self._ended_well.add(worker.seat.rank)
+            return False
+        if end.status == 0:
+            # Frameworks leave in the middle (a time limit, a signal), all ranks at once: then nothing was lost.
+            self._leaving[worker.seat.rank] = (end, time.monotonic() + _LEAVE_TOGETHER)
+            return False
+        return True
+
+    def _stayed_alone(self) -> list[WorkerEnded]:
+        """Ranks that left although others stay: to these they are lost."""
+        if self._leaving.keys() == set(self.ranks):
+            self._ended_well.update(self._leaving)
+            self._leaving.clear()
+        now = time.monotonic()
+        alone = [end for end, due in self._leaving.values() if now >= due]
+        for end in alone:
+            assert end.worker.rank is not None
+            del self._leaving[end.worker.rank]
+        return alone
+
+    def _report_losses(self, ended: list[WorkerEnded]) -> None:
+        losses = tuple(self._loss(end) for end in ended)
         if losses:
             vault = {loss.rank: self._vault.committed(loss.rank) for loss in losses}
-            self._control.send(core.WorkersLost(self._node, tuple(losses), vault))
-        if self._ended_well == set(self.ranks):
-            self._control.send(node_messages.NodeDone(self._node))
+            self._control.send(core.WorkersLost(self._node, losses, vault))
 
     def _takes_part(self, worker: Worker) -> bool:
         """Whether the script has asked for recovery. One that has not runs as under torchrun: its end is its own
@@ -354,8 +394,7 @@ class Agent:
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
 
-    def _beat(self) -> None:
-        now = time.monotonic()
-        if now - self._last_heartbeat >= self._config.deadlines.heartbeat_interval:
-            self._last_heartbeat = now
+    def beat(self, stop: threading.Event) -> None:
+        """On a thread of its own: the agent may be busy with allocating memory, and is not dead for that."""
+        while not stop.wait(self._config.deadlines.heartbeat_interval):
             self._control.send(node_messages.Heartbeat(self._node))

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_flashrecovery.core.errors import LinkLost
+
+_MAC_NBYTES = 32
+
 
 class Bulletin:
-    """``read`` waits until somebody has posted, at most ``timeout`` seconds (``dist.DistStoreError``)."""
+    """``read`` waits until somebody has posted, at most ``timeout`` seconds (``dist.DistStoreError``).
 
-    def __init__(self, host: str, port: int, timeout: float) -> None:
+    The store listens to whoever can reach it, so what is posted is signed with the job's token.
+    """
+
+    def __init__(self, host: str, port: int, timeout: float, token: bytes) -> None:
+        self._token = token
         self.store = dist.TCPStore(host, port, None, False, timedelta(seconds=timeout), wait_for_workers=False)
 
     def post(self, key: str, value: bytes) -> None:
-        self.store.set(key, value)  # type: ignore[arg-type]  # torch's stub says str; its binding takes both
+        signed = self._mac(key, value) + value
+        self.store.set(key, signed)  # type: ignore[arg-type]  # torch's stub says str; its binding takes both
 
     def read(self, key: str) -> bytes:
-        return self.store.get(key)
+        """Raises ``LinkLost``: what is there was not posted by a worker of this job."""
+        return self._checked(key, self.store.get(key))
 
     def read_all(self, keys: Sequence[str]) -> list[bytes]:
         """In one round trip."""
-        return self.store.multi_get(list(keys))
+        return [self._checked(key, signed) for key, signed in zip(keys, self.store.multi_get(list(keys)), strict=True)]
+
+    def _checked(self, key: str, signed: bytes) -> bytes:
+        value = signed[_MAC_NBYTES:]
+        if not hmac.compare_digest(signed[:_MAC_NBYTES], self._mac(key, value)):
+            raise LinkLost(f"what is posted as {key} in the store is not from this job")
+        return value
+
+    def _mac(self, key: str, value: bytes) -> bytes:
+        return hmac.new(self._token, key.encode() + b"\0" + value, hashlib.sha256).digest()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -65,6 +66,7 @@ class Chronicle:
         self._warned: set[str] = set()
         self._waiting: tuple[Epoch, float] | None = None
         self._closed = False
+        self._is_torn = False
 
     def begin(self, job: Job, now: float) -> None:
         """Nothing has happened yet."""
@@ -73,6 +75,10 @@ class Chronicle:
 
     def record(self, event: core.Event, commands: Sequence[core.Command], job: Job, now: float) -> None:
         """The job has handled ``event``, and this is what it ordered."""
+        with self._records_are_optional():
+            self._record(event, commands, job, now)
+
+    def _record(self, event: core.Event, commands: Sequence[core.Command], job: Job, now: float) -> None:
         self._journal.handled(event, commands, job, time=time.time(), now=now)
         if isinstance(event, core.RanksStood):
             newest = max((report.step for report in event.reports), default=Step(0))
@@ -101,6 +107,10 @@ class Chronicle:
 
     def note(self, message: object) -> None:
         """What only the record needs to know."""
+        with self._records_are_optional():
+            self._note(message)
+
+    def _note(self, message: object) -> None:
         match message:
             case node_messages.StepNoted(step=step):
                 self._last_step = max(self._last_step, step.step)
@@ -130,6 +140,10 @@ class Chronicle:
         if self._closed:
             return
         self._closed = True
+        with self._records_are_optional():
+            self._write_summary(failure)
+
+    def _write_summary(self, failure: str) -> None:
         records = tuple(_record(epoch, measured) for epoch, measured in sorted(self._measured.items()))
         final = {} if failure else dict(sorted(self._final.items()))
         write_summary(self._config.log_dir, Summary(self._config.world_size, self._last_step, final, records))
@@ -139,6 +153,16 @@ class Chronicle:
         if not failure:
             word = "recovery" if len(records) == 1 else "recoveries"
             self._say(f"finished at step {self._last_step} after {len(records)} {word}")
+
+    @contextmanager
+    def _records_are_optional(self) -> Iterator[None]:
+        """A full disk costs the record, not the job."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_torn:
+                self._is_torn = True
+                self._say(f"WARNING: the records in {self._config.log_dir} are incomplete from here on: {error}")
 
     # --- recoveries ---------------------------------------------------------------------------------------------------
 
@@ -175,7 +199,8 @@ class Chronicle:
         measured.first_step = max(measured.first_step or 0.0, noted.time)
 
     def _say(self, line: str) -> None:
-        print(f"flashrecovery: {line}", file=self._out, flush=True)
+        with suppress(OSError):  # whoever listened has gone
+            print(f"flashrecovery: {line}", file=self._out, flush=True)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
-"""Start a worker without a fork server: ``python -m megatron_flashrecovery.runtime.cold_worker FD``."""
+"""Start a worker without a fork server: ``python -m megatron_flashrecovery.runtime.cold_worker FD PID_OF_PARENT``."""
 
 from __future__ import annotations
 
+import os
 import sys
 
-from megatron_flashrecovery.runtime.fork_server import run_worker
+from megatron_flashrecovery.runtime.fork_server import die_with_parent, run_worker
 
 if __name__ == "__main__":
+    die_with_parent()
+    if os.getppid() != int(sys.argv[2]):
+        sys.exit(0)  # the launcher was gone before the kernel knew of our wish
+    os.setpgid(0, 0)
     run_worker(int(sys.argv[1]))

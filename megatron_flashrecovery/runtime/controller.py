@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import get_args
 
 from megatron_flashrecovery import __version__
@@ -23,6 +25,8 @@ from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 
 _EVENTS = get_args(core.Event)
 _TICK = 0.05
+_PAUSE = 1.0
+_LOCAL = NodeId("node0")
 
 
 class Controller:
@@ -36,7 +40,9 @@ class Controller:
         self._chronicle = chronicle
         self._outbox: dict[NodeId, asyncio.Queue[object]] = {}
         self._last_heard: dict[NodeId, float] = {}
+        self._known: set[NodeId] = set()
         self._done: set[NodeId] = set()
+        self._failures: list[str] = []
         self._over = asyncio.Event()
         self._dismissal = node_messages.Dismiss("", 0)
         self._server = ControlServer(node_messages.control_codec(), config.token, __version__, self._attach)
@@ -47,28 +53,39 @@ class Controller:
     async def run(self) -> None:
         """Until every node has been dismissed."""
         self._chronicle.begin(self._job, time.monotonic())
-        while not self._over.is_set():
-            self._apply(core.ClockTicked())
-            self._chronicle.remind(self._job, time.monotonic())
-            self._check_silence()
-            try:
-                await asyncio.wait_for(self._over.wait(), _TICK)
-            except TimeoutError:
-                continue
-        await asyncio.sleep(0)
+        with self._failures_end_the_job():
+            await self._tick()
         await self._server.stop()
 
     def stop(self) -> None:
         """From this loop: the launcher ends, whatever the job is at."""
         self._end(node_messages.Dismiss("the launcher ended", 1))
 
+    async def _tick(self) -> None:
+        last = time.monotonic()
+        while not self._over.is_set():
+            now = time.monotonic()
+            if now - last > _PAUSE:
+                # This process was stopped or starved: nobody could be heard, so nobody was silent.
+                self._last_heard = {node: heard + (now - last) for node, heard in self._last_heard.items()}
+            last = now
+            self._apply(core.ClockTicked())
+            self._chronicle.remind(self._job, time.monotonic())
+            self._check_silence()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), _TICK)
+
     async def _attach(self, messages: AsyncIterator[object]) -> AsyncIterator[object]:
         joined = await anext(messages)
         assert isinstance(joined, node_messages.NodeAttached), joined
+        if (refusal := self._why_not(joined)) is not None:
+            yield node_messages.Dismiss(refusal, 2)
+            return
         outbox = self._outbox[joined.node] = asyncio.Queue()
+        self._known.add(joined.node)
         self._last_heard[joined.node] = time.monotonic()
         reader = asyncio.ensure_future(self._read(joined.node, messages))
-        if len(self._outbox) == self._config.nnodes:
+        if len(self._known) == self._config.nnodes:
             for queue in self._outbox.values():
                 queue.put_nowait(node_messages.NodeWelcome(Epoch(0), *self._store))
         try:
@@ -80,12 +97,30 @@ class Controller:
         finally:
             reader.cancel()
 
+    def _why_not(self, joined: node_messages.NodeAttached) -> str | None:
+        """A node takes part once: what a second one of the same number would start runs beside the first one's."""
+        if joined.node in self._known:
+            return f"{joined.node} has joined this job before: give each node a --node-rank of its own"
+        if tuple(sorted(self._job.seats.ranks_on.get(joined.node, ()))) != joined.ranks:
+            return f"{joined.node} has ranks {list(joined.ranks)}: give every node the same --nproc-per-node"
+        return None
+
     async def _read(self, node: NodeId, messages: AsyncIterator[object]) -> None:
-        async for message in messages:
-            self._last_heard[node] = time.monotonic()
-            self._hear(message)
-        if not self._over.is_set() and node not in self._done:
-            self._lose_node(node, "its agent closed the connection")
+        with self._failures_end_the_job():
+            async for message in messages:
+                self._last_heard[node] = time.monotonic()
+                self._hear(message)
+            if not self._over.is_set() and node not in self._done:
+                self._lose_node(node, "its agent closed the connection")
+
+    @contextmanager
+    def _failures_end_the_job(self) -> Iterator[None]:
+        """The outermost frame of this loop: a controller that decides no more must not leave the others waiting."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self._end(node_messages.Dismiss(f"the controller failed: {type(error).__name__}: {error}", 1))
 
     def _hear(self, message: object) -> None:
         if isinstance(message, _EVENTS):
@@ -96,10 +131,11 @@ class Controller:
                 pass
             case node_messages.StartRefused(reason=reason):
                 self._end(node_messages.Dismiss(reason, 2))
-            case node_messages.NodeDone(node=node):
+            case node_messages.NodeDone(node=node, failure=failure):
                 self._done.add(node)
+                self._failures += [failure] if failure else []
                 if len(self._done) == self._config.nnodes:
-                    self._end(node_messages.Dismiss("", 0))
+                    self._end(node_messages.Dismiss("; ".join(self._failures), 1 if self._failures else 0))
             case _:
                 self._chronicle.note(message)
 
@@ -118,7 +154,8 @@ class Controller:
                 | core.ExecutePlan(node=node)
                 | core.Fence(node=node)
             ):
-                self._outbox[node].put_nowait(command)
+                if node in self._outbox:
+                    self._outbox[node].put_nowait(command)
             case core.Park() | core.Resume() | core.Release() | core.RestartAll():
                 for queue in self._outbox.values():
                     queue.put_nowait(command)
@@ -135,10 +172,14 @@ class Controller:
         self._over.set()
 
     def _check_silence(self) -> None:
-        for node in overdue(self._last_heard, time.monotonic(), self._config.deadlines.heartbeat_timeout):
+        """Node 0 is this process: if it does not answer, neither do we."""
+        heard = {node: last for node, last in self._last_heard.items() if node != _LOCAL}
+        for node in overdue(heard, time.monotonic(), self._config.deadlines.heartbeat_timeout):
             self._lose_node(node, f"nothing heard from its agent for {self._config.deadlines.heartbeat_timeout} s")
 
     def _lose_node(self, node: NodeId, cause: str) -> None:
         self._last_heard.pop(node, None)
-        if self._outbox.pop(node, None) is not None:
+        outbox = self._outbox.pop(node, None)
+        if outbox is not None:
+            outbox.put_nowait(node_messages.Dismiss(f"this node was given up: {cause}", 1))
             self._apply(core.NodeLost(node, cause))

@@ -13,6 +13,7 @@ class Echo:
     def __init__(self, path: Path, out: TextIO) -> None:
         self._path = path
         self._out = out
+        self._is_deaf = False
         self._at = path.stat().st_size if path.exists() else 0
 
     def follow(self) -> None:
@@ -22,7 +23,10 @@ class Echo:
                 text = log.read()
         except FileNotFoundError:
             return
-        if text:
+        if text and not self._is_deaf:
             self._at += len(text)
-            self._out.write(text.decode(errors="replace"))
-            self._out.flush()
+            try:
+                self._out.write(text.decode(errors="replace"))
+                self._out.flush()
+            except OSError:
+                self._is_deaf = True  # whoever listened has gone; the job goes on, and its log is complete

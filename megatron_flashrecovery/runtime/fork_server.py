@@ -68,7 +68,7 @@ def fork_codec() -> Codec:
 
 
 def main() -> None:
-    _die_with_parent()
+    die_with_parent()
     channel = Channel(socket.socket(fileno=int(sys.argv[1])), fork_codec())
     began = time.monotonic()
     problem = preload(sys.argv[2]) or unsafe_to_fork()
@@ -119,11 +119,12 @@ def _serve(channel: Channel) -> tuple[int, int] | None:
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    workers: set[int] = set()
     while True:
         ready, _, _ = select.select([channel.fileno(), wake], [], [])
         if wake in ready:
             os.read(wake, 4096)
-            _reap(channel)
+            _reap(channel, workers)
         if channel.fileno() in ready:
             try:
                 channel.fill()
@@ -132,7 +133,9 @@ def _serve(channel: Channel) -> tuple[int, int] | None:
             while (request := channel.next_message()) is not None:
                 message, (worker_socket, output) = request
                 assert isinstance(message, Fork), message
-                if _fork(channel, message.ticket) == 0:
+                pid = _fork(channel, message.ticket)
+                workers.add(pid)
+                if pid == 0:
                     channel.close()
                     os.close(wake)
                     os.close(notify)
@@ -151,7 +154,8 @@ def _fork(channel: Channel, ticket: int) -> int:
 
 
 def _become_worker(worker_socket: int, output: int) -> None:
-    _die_with_parent()
+    die_with_parent()
+    os.setpgid(0, 0)  # so that its own children can be ended with it
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(output, 1)
@@ -170,7 +174,8 @@ def run_worker(worker_socket: int) -> None:
     sys.exit(0)
 
 
-def _reap(channel: Channel) -> None:
+def _reap(channel: Channel, workers: set[int]) -> None:
+    """Children that the script's imports have started end too, and are nobody's loss."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -178,7 +183,9 @@ def _reap(channel: Channel) -> None:
             return
         if pid == 0:
             return
-        channel.send(Ended(pid, status))
+        if pid in workers:
+            workers.remove(pid)
+            channel.send(Ended(pid, status))
 
 
 def _reseed() -> None:
@@ -188,7 +195,8 @@ def _reseed() -> None:
         numpy.random.seed()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """The kernel ends this process when the thread that started it is gone."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -84,11 +85,14 @@ def _serve(config: LaunchConfig, workers: Workers, address: str) -> int:
             agent.hear(node_messages.Dismiss(str(reason), 2 if isinstance(reason, ConfigError) else 1))
 
     control.start(agent.hear, on_end)
+    stop_beating = threading.Event()
+    threading.Thread(target=agent.beat, args=(stop_beating,), name="flashrecovery-heartbeat", daemon=True).start()
     echo = Echo(config.log_dir / "logs" / f"rank{config.world_size - 1}.log", sys.stdout)
     try:
         dismissal = agent.run(echo.follow)
         echo.follow()
     finally:
+        stop_beating.set()
         control.close()
         vault.close()
     if dismissal.failure:
@@ -118,11 +122,11 @@ def _controller(config: LaunchConfig) -> Iterator[str]:
     job = Job.start(job_config, seats, sharded=True)
     controller = Controller(config, job, (config.master_addr, store_port), chronicle)
     loop = asyncio.new_event_loop()
+    thread = threading.Thread(
+        target=lambda: loop.run_until_complete(controller.run()), name="flashrecovery-controller", daemon=True
+    )
     try:
         port = loop.run_until_complete(controller.start(config.master_addr, config.master_port))
-        thread = threading.Thread(
-            target=loop.run_until_complete, args=(controller.run(),), name="flashrecovery-controller"
-        )
         thread.start()
         try:
             yield f"{config.master_addr}:{port}"
@@ -131,7 +135,8 @@ def _controller(config: LaunchConfig) -> Iterator[str]:
             thread.join(timeout=_GRACE)
     finally:
         chronicle.close("the launcher ended")
-        loop.close()
+        if not thread.is_alive():
+            loop.close()
         del keep_store
 
 
@@ -139,8 +144,16 @@ def _open_store(config: LaunchConfig) -> tuple[int, object]:
     """The store that workers meet in. It lives here because no worker outlives the job."""
     import torch.distributed as dist  # a second of imports that only node 0 needs
 
+    # By itself it would listen on every interface.
+    listener = socket.create_server((config.master_addr, 0), backlog=4096)
     store = dist.TCPStore(
-        config.master_addr, 0, None, True, timedelta(seconds=config.deadlines.join_timeout), wait_for_workers=False
+        config.master_addr,
+        listener.getsockname()[1],
+        None,
+        True,
+        timedelta(seconds=config.deadlines.join_timeout),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
     )
     return store.port, store
 

@@ -21,5 +21,9 @@ def claim(directory: Path, overwrite: bool) -> None:
         # Logs are appended to, so those of another run would look like this one's.
         for path in [*found, *(directory / LOGS).glob("*.log")] if overwrite else ():
             path.unlink()
+        # Created here and now: of two runs that come at the same time, one is refused.
+        (directory / journal.FILE_NAME).touch(exist_ok=False)
+    except FileExistsError:
+        raise ConfigError(f"--log-dir {directory} was taken by another run just now: name another one") from None
     except OSError as error:
         raise ConfigError(f"--log-dir {directory} cannot be written: {error.strerror}") from error

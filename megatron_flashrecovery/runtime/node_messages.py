@@ -108,9 +108,10 @@ class StartRefused:
 
 @dataclass(frozen=True)
 class NodeDone:
-    """Every worker of this node has exited as it was told to."""
+    """Every worker of this node has exited. ``failure`` names those that failed after their last step."""
 
     node: NodeId
+    failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Session:
         self._channel = channel
         self.rank = seat.rank
         self._progress = Progress(update=Update.WRITING if seat.joining else Update.BEFORE)
-        self._bulletin = Bulletin(seat.store_host, seat.store_port, seat.join_timeout)
+        self._bulletin = Bulletin(seat.store_host, seat.store_port, seat.join_timeout, seat.token.encode())
         self._lot = ParkingLot(seat.drain_timeout, lambda: self._line.report())
         record = StartupRecord.from_bytes(seat.startup) if seat.joining and seat.startup else None
         self._registry = GroupRegistry(

@@ -154,6 +154,7 @@ class Workers:
         if worker.pid is not None and worker.number in self._living:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, number)
+            _end_group(worker.pid, number)
 
     def poll(self) -> list[WorkerEnded]:
         """What has ended since the last call. Never waits."""
@@ -214,6 +215,7 @@ class Workers:
 
     def _start_cold(self, worker: Worker, theirs: socket.socket, output: int) -> None:
         command = [sys.executable, "-m", "megatron_flashrecovery.runtime.cold_worker", str(theirs.fileno())]
+        command.append(str(os.getpid()))
         worker.process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
@@ -243,14 +245,21 @@ class Workers:
                     if worker.doomed:
                         self.kill(worker)
                 case Ended(pid=pid, status=status):
-                    worker = next(w for w in self._living.values() if w.pid == pid)
-                    ended.append(self._end(worker, status))
+                    ended += [self._end(worker, status) for worker in self.living if worker.pid == pid]
                 case _:
                     raise AssertionError(f"the fork server said {message}")
 
     def _end(self, worker: Worker, status: int) -> WorkerEnded:
         del self._living[worker.number]
+        if worker.pid is not None:
+            _end_group(worker.pid, signal.SIGKILL)  # data loaders and the like hold memory and devices
         return WorkerEnded(worker, status)
 
     def _log(self, name: str) -> IO[bytes]:
         return (self._log_dir / name).open("ab")
+
+
+def _end_group(pid: int, number: int) -> None:
+    """What a worker has started ends with it; there may be nothing, or no group yet."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)

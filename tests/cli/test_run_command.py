@@ -119,7 +119,8 @@ def test_overwrite_deletes_the_records_and_logs_and_nothing_else(log_dir):
     (log_dir / "logs").mkdir()
     (log_dir / "logs" / "rank0.log").write_text("of the earlier run")
     claim(log_dir, overwrite=True)
-    assert sorted(path.name for path in log_dir.rglob("*")) == ["logs", "notes.txt"]
+    assert sorted(path.name for path in log_dir.rglob("*")) == ["journal.jsonl", "logs", "notes.txt"]
+    assert (log_dir / "journal.jsonl").read_text() == "", "claimed for this run"
 
 
 def test_a_log_dir_that_cannot_be_made_is_named(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,10 @@ def main() -> None:
     parser.add_argument("--fail-once", type=Path, help="rank 1 exits before its first step, unless this file exists")
     parser.add_argument("--fail-always", action="store_true")
     parser.add_argument("--join-delay", type=float, default=0.0, help="seconds by which a replacement is late")
+    parser.add_argument("--fail-at-end", action="store_true", help="rank 1 fails when everything is done")
+    parser.add_argument("--leave-at", type=int, default=-1, help="exit with 0 before this step")
+    parser.add_argument("--only-rank", type=int, help="and only this rank")
+    parser.add_argument("--child", action="store_true", help="every rank starts a process that outlives it")
     args = parser.parse_args()
     session = Session.from_environment()
     session.install_groups()
@@ -32,11 +37,17 @@ def main() -> None:
     if session.is_joining:
         time.sleep(args.join_delay)
     session.attach(toy)
+    if args.child:
+        subprocess.Popen(["sleep", "60"])
     for step in range(session.first_step(Step(0)), args.steps):
+        if step == args.leave_at and args.only_rank in (None, session.rank):
+            sys.exit(0)
         record = session.run_step(Step(step), lambda: toy.step(session))
         print(f"rank {dist.get_rank()} step {step + 1} loss {record.loss} norm {record.grad_norm}", flush=True)
     session.finish(toy.sha256())
     dist.destroy_process_group()
+    if args.fail_at_end and session.rank == 1:
+        sys.exit(1)
 
 
 def _is_first(path: Path | None) -> bool:

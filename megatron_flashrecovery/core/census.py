@@ -160,10 +160,15 @@ class Census:
     def mark(self, key: GroupKey) -> tuple[int, int, int]:
         """Changes when something that was under way in the group has ended; costs nothing in a large group."""
         if key not in self.suspect:
-            return (0, 0, 0)
+            return (0, 0, -1 if self.blocked_in.get(key) else 0)
         tally = self._tallies[key]
         oldest = tally.oldest_open()
         return (oldest, 0 if oldest else len(tally.open), len(tally.broken))
+
+    def is_before_update(self, rank: Rank) -> bool:
+        """Nothing that it computes can reach its state, or be told to others, before it has passed the gate."""
+        report = self.reports.get(rank)
+        return report is not None and report.update is Update.BEFORE
 
     def is_whole(self, key: GroupKey) -> bool:
         """No member was lost or holds it broken: an operation under way in it can still complete."""

@@ -268,7 +268,9 @@ def _must_wait(phase: Draining, now: float) -> bool:
 
 
 def _decide_round(job: Job, phase: Draining, now: float) -> list[Command]:
-    past = Past(frozenset(phase.severed), phase.answered)
+    past = Past(
+        frozenset(phase.severed), phase.answered, phase.missing, frozenset(job.matched), frozenset(job.void)
+    )
     sharded = bool(job.seats.sharded)
     decision = decide_drain(phase.census, sharded, past, is_patient=True)
     if isinstance(decision, Wait) and decision.groups and decision == phase.waiting and now >= phase.patient_until:
@@ -294,11 +296,14 @@ def _order_drain(job: Job, phase: Draining, decision: Disentangle, now: float) -
     phase.waiting = None
     phase.deadline = now + job.config.drain_timeout
     phase.severed.update(decision.sever)
+    phase.missing.update(decision.missing)
+    job.matched.update(decision.missing)
+    job.void.update(decision.void)
     for rank in decision.answer:
         report = phase.census.reports[rank]
         phase.answered[rank] = known_results(report, Step(report.step + 1))
     severed_at = {rank for key in decision.sever for rank in job.seats.members_of[key] if rank in phase.census.reports}
-    concerned = severed_at | decision.advance | decision.answer.keys()
+    concerned = severed_at | decision.advance | decision.answer.keys() | decision.match.keys()
     phase.heard -= concerned
     phase.silent += len(concerned)
     phase.since.update(dict.fromkeys(concerned, number))
@@ -314,6 +319,7 @@ def _order_drain(job: Job, phase: Draining, decision: Disentangle, now: float) -
                 if not job.seats.ranks_on[node].isdisjoint(job.seats.members_of[key])
             },
             answer={rank: decision.answer[rank] for rank in ranks if rank in decision.answer},
+            match={rank: decision.match[rank] for rank in ranks if rank in decision.match},
         )
         for node, ranks in job.seats.by_node(concerned).items()
     ]
@@ -378,7 +384,8 @@ def _check_drain(job: Job, phase: Draining, now: float) -> list[Command]:
     if phase.silent:
         late = [rank for rank in job.seats.node_of if rank not in phase.heard and rank not in phase.joining]
         return _fence_late(job, late, "did not stop in time", now)
-    return _fence_late(job, sorted(phase.census.blocked), "could not be freed in time", now)
+    assert phase.waiting is not None
+    return _fence_late(job, sorted(phase.census.blocked & phase.waiting.ranks), "could not be freed in time", now)
 
 
 def _fence_late(job: Job, late: Iterable[Rank], what: str, now: float) -> list[Command]:

@@ -5,10 +5,11 @@ unwinds a whole communicator by guessing. An operation under way can
 - still complete by itself, because every partner has issued it: wait, for at most a grace period;
 - complete if partners that stand exactly before it go ahead with this one operation: *advance* them, all those that the
   operation needs and whatever their own operations need, or none;
-- not complete: *sever* the group, which frees who is blocked in it. Only when nothing else can move any more, because
-  what moves may still bring a partner along.
-Operations of which nobody waits for the end (asynchronous ones, eager sends) are completed where that is possible, so
-that their group can be kept; else their group is rebuilt, and nothing is severed for them.
+- not complete, because a partner stands elsewhere: once nothing else can move any more, for what moves may still bring
+  a partner along, partners issue a *match* for it where they stand (see ``matching``);
+- not be matched either: *sever* the group, which frees who is blocked in it.
+Operations of which nobody waits for the end (asynchronous ones, eager sends) are completed or matched where that is
+possible, so that their group can be kept; else their group is rebuilt, and nothing is severed for them.
 
 Advancing ends: an advanced rank completes what somebody had begun and begins nothing that its partners do not.
 
@@ -26,7 +27,8 @@ from megatron_flashrecovery.core.answers import find_answers
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.entanglement import all_or_none, under_way
 from megatron_flashrecovery.core.ids import GroupKey, Rank
-from megatron_flashrecovery.core.messages import Told
+from megatron_flashrecovery.core.matching import find_matches
+from megatron_flashrecovery.core.messages import Match, Told
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Disentangle:
     advance: frozenset[Rank] = frozenset()
     sever: Mapping[GroupKey, str] = field(default_factory=dict)
     answer: Mapping[Rank, tuple[Told, ...]] = field(default_factory=dict)
+    match: Mapping[Rank, tuple[Match, ...]] = field(default_factory=dict)
+    void: frozenset[Rank] = frozenset()
+    """Whose operations end with void contents."""
+    missing: Mapping[GroupKey, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,18 +62,26 @@ Decision: TypeAlias = Disentangle | Wait | Settled
 
 @dataclass(frozen=True)
 class Past:
-    """What was ordered earlier in this epoch. ``answered`` counts the results that a rank had when it was answered."""
+    """What was ordered earlier in this epoch. ``answered`` counts the results that a rank had when it was answered.
+
+    ``missing`` says of a group how much was missing in it when it was matched in this epoch.
+    ``displaced`` groups were matched in this recovery: the next operation of some program there is already counted, so
+    nobody is advanced in them. ``void`` ranks go on with contents that nobody computed.
+    """
 
     severed: frozenset[GroupKey] = frozenset()
     answered: Mapping[Rank, int] = field(default_factory=dict)
+    missing: Mapping[GroupKey, int] = field(default_factory=dict)
+    displaced: frozenset[GroupKey] = frozenset()
+    void: frozenset[Rank] = frozenset()
 
 
 def decide_drain(census: Census, sharded: bool, past: Past, is_patient: bool) -> Decision:
     """``is_patient``: operations under way still have time to complete by themselves."""
     blocked_in = {key: min(ranks) for key, ranks in census.blocked_in.items() if ranks}
-    hopeless = {key for key in blocked_in if not census.is_whole(key)}
     advance: set[Rank] = set()
     moving: set[GroupKey] = set()
+    closed = past.severed | past.displaced
     for key in sorted({*blocked_in, *census.suspect}):
         if not census.is_whole(key) or key in past.severed:
             continue
@@ -75,22 +89,33 @@ def decide_drain(census: Census, sharded: bool, past: Past, is_patient: bool) ->
             if not demands:
                 moving.add(key)
             else:
-                advance |= all_or_none(census, demands, past.severed)
-    give_up = not advance and not (moving and is_patient)
-    sever = {
-        key: _why(census, key, rank)
-        for key, rank in sorted(blocked_in.items())
-        if key not in past.severed and (give_up or key in hopeless)
-    }
-    if advance or sever:
-        return Disentangle(advance=frozenset(advance), sever=sever)
-    if (moving and is_patient) or census.blocked:
+                advance |= all_or_none(census, demands, closed, past.void)
+    stuck = {key: rank for key, rank in sorted(blocked_in.items()) if key not in past.severed}
+    hopeless = {key: _why(census, key, rank) for key, rank in stuck.items() if not census.is_whole(key)}
+    if advance or hopeless:
+        return Disentangle(frozenset(advance), hopeless, void=_also_void(census, advance, past.void))
+    if moving and is_patient:
         return Wait(frozenset(moving), frozenset(census.blocked))
+    if freed := {rank for key in past.severed for rank in census.blocked_in.get(key, ())}:
+        return Wait(frozenset(), frozenset(freed))
+    matching = find_matches(census, past.severed, past.missing)
+    if matching.matches:
+        return Disentangle(match=matching.matches, void=matching.void, missing=matching.missing)
+    if stuck:
+        return Disentangle(sever={key: _why(census, key, rank, matching.refused) for key, rank in stuck.items()})
     answer = {} if sharded else find_answers(census, past.answered)
     return Disentangle(answer=answer) if answer else Settled()
 
 
-def _why(census: Census, key: GroupKey, rank: Rank) -> str:
+def _also_void(census: Census, advance: set[Rank], void: frozenset[Rank]) -> frozenset[Rank]:
+    """Who goes on with contents that come from a void rank."""
+    if void.isdisjoint(advance):
+        return frozenset()
+    spots = [spot for rank in advance & void if (spot := census.reports[rank].spot) is not None]
+    return frozenset(member for spot in spots for member in census.seats.members_of[spot.group])
+
+
+def _why(census: Census, key: GroupKey, rank: Rank, refused: Mapping[GroupKey, str] | None = None) -> str:
     """Why ``rank``, blocked in ``key``, will not get out by itself; for the journal."""
     if (reason := census.reason_to_rebuild(key)) is not None and not census.is_whole(key):
         return reason
@@ -101,5 +126,6 @@ def _why(census: Census, key: GroupKey, rank: Rank) -> str:
             report = census.reports.get(demand.rank)
             other = None if report is None else report.spot
             at = "in no operation" if other is None else f"at {other.operation} of {other.group}"
-            return f"rank {rank} is in {spot.operation}, but rank {demand.rank} stands {at}"
+            unmatched = "" if refused is None or key not in refused else f", unmatched: {refused[key]}"
+            return f"rank {rank} is in {spot.operation}, but rank {demand.rank} stands {at}{unmatched}"
     return f"{spot.operation} of rank {rank} did not complete in time"

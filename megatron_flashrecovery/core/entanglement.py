@@ -50,6 +50,9 @@ def under_way(census: Census, key: GroupKey) -> Iterator[tuple[Demand, ...]]:
     if number:
         yield tuple(_behind(census, key, number, operation))
     if key not in census.suspect:
+        if not number and census.blocked_in.get(key):
+            # Its counts were taken later than it was seen to be blocked: it is on its way out.
+            yield ()
         return
     tally = census.tally(key)
     for (sender, receiver), undelivered in sorted(tally.undelivered.items()):
@@ -61,8 +64,11 @@ def under_way(census: Census, key: GroupKey) -> Iterator[tuple[Demand, ...]]:
         yield ()
 
 
-def all_or_none(census: Census, demands: tuple[Demand, ...], severed: AbstractSet[GroupKey]) -> frozenset[Rank]:
-    """Every rank that has to go ahead for these demands to be met; nobody if one of them cannot be met."""
+def all_or_none(
+    census: Census, demands: tuple[Demand, ...], closed: AbstractSet[GroupKey], void: AbstractSet[Rank]
+) -> frozenset[Rank]:
+    """Every rank that has to go ahead for these demands to be met; nobody if one of them cannot be met, or would have
+    to be met in a ``closed`` group, or with ``void`` contents for somebody whose update depends on them."""
     going: set[Rank] = set()
     expanded: set[tuple[GroupKey, int]] = set()
     todo = list(demands)
@@ -75,7 +81,9 @@ def all_or_none(census: Census, demands: tuple[Demand, ...], severed: AbstractSe
         assert report.spot is not None
         if demand.rank in going:
             continue
-        if demand.group in severed or not census.is_whole(demand.group):
+        if demand.group in closed or not census.is_whole(demand.group):
+            return frozenset()
+        if demand.rank in void and not all(map(census.is_before_update, census.seats.members_of[demand.group])):
             return frozenset()
         going.add(demand.rank)
         if not demand.number:

@@ -83,6 +83,10 @@ class Job:
         self.fenced: dict[Rank, Epoch] = {}
         """For which epoch the worker was started that was fenced on a seat, until its agent says what it left."""
         self.carried: dict[GroupKey, str] = {}
+        self.matched: set[GroupKey] = set()
+        """Groups in which somebody issued a counterpart: what its program does next there is behind the count."""
+        self.void: set[Rank] = set()
+        """Ranks whose step in progress goes on with void contents."""
         self.failed: Counter[tuple[Rank, Origin, Step]] = Counter()
         """How often a rank could not be restored from a source."""
 

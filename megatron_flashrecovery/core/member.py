@@ -29,7 +29,7 @@ from typing import NoReturn, TypeAlias
 
 from megatron_flashrecovery.core.errors import ImpossibleTransition
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, OrderNumber, Rank, Step
-from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Resume, Share, Told
+from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Match, Park, Release, Resume, Share, Told
 
 
 class Mode(Enum):
@@ -64,11 +64,13 @@ class SayReady:
 @dataclass(frozen=True)
 class GetOutOfTheWay:
     """Sever these groups of yours; then do the one operation before which you stand (``advance``), or finish your
-    update with these results (``answer``, if not ``None``); and report again."""
+    update with these results (``answer``, if not ``None``), or issue these counterparts (``match``) without moving
+    from where you stand; and report again."""
 
     advance: bool
     sever: Mapping[GroupKey, str]
     answer: tuple[Told, ...] | None
+    match: tuple[Match, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ class Member:
     def _obey(self, order: Drain | ExecutePlan | Resume | Release) -> Action | None:
         match order:
             case Drain() if self.mode is Mode.STOPPED:
-                return GetOutOfTheWay(self.rank in order.advance, order.sever, order.answer.get(self.rank))
+                answer, match = order.answer.get(self.rank), order.match.get(self.rank, ())
+                return GetOutOfTheWay(self.rank in order.advance, order.sever, answer, match)
             case ExecutePlan() if self.mode in (Mode.STOPPED, Mode.WAITING):
                 share = next((share for share in order.shares if share.rank == self.rank), None)
                 if share is None:

@@ -41,23 +41,28 @@ class Update(Enum):
 
 @dataclass(frozen=True)
 class PairCount:
-    """Point-to-point operations with one peer, as one side counts them; ``open`` are issued and not yet completed."""
+    """Point-to-point operations with one peer, as one side counts them; ``open`` are issued and not yet completed.
+    ``sends`` and ``receives`` are the forms of the last few, the newest last (see ``Match``)."""
 
     sent: int = 0
     received: int = 0
     open: int = 0
+    sends: tuple[bytes, ...] = ()
+    receives: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
 class GroupCount:
     """What one member knows of a communicator. ``digest`` is a running hash over the collectives issued; an operation
-    in which somebody is blocked is issued and not completed."""
+    in which somebody is blocked is issued and not completed. ``recent`` are the forms of the last few collectives
+    issued, the newest last (see ``Match``)."""
 
     issued: int = 0
     completed: int = 0
     digest: int = 0
     pairs: Mapping[Rank, PairCount] = field(default_factory=dict)
     broken: str | None = None
+    recent: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,22 @@ class Told:
     operation: str
     payload: bytes
     step: Step | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """The counterpart of what a peer has issued in a whole group: to be issued with tensors that nobody reads, so that
+    the peer's operation ends, with void contents, and both count the same.
+
+    ``form`` is the operation as the peer issued it, in the words of ``comm``; an empty one has no counterpart.
+    ``number`` is that of a collective, or 0: then a receive from ``peer``, or a send to it.
+    """
+
+    group: GroupKey
+    form: bytes
+    number: int = 0
+    peer: Rank | None = None
+    is_send: bool = False
 
 
 @dataclass(frozen=True)
@@ -312,7 +333,8 @@ class Park:
 @dataclass(frozen=True)
 class Drain:
     """Get stopped ranks of one node out of each other's way: let ``advance`` do the one operation before which they
-    stand, sever ``sever`` (with the reason), and let ``answer`` finish their update with results that others have."""
+    stand, sever ``sever`` (with the reason), let ``answer`` finish their update with results that others have, and let
+    ``match`` issue these counterparts and stand where they stood."""
 
     node: NodeId
     epoch: Epoch
@@ -320,6 +342,7 @@ class Drain:
     advance: tuple[Rank, ...] = ()
     sever: Mapping[GroupKey, str] = field(default_factory=dict)
     answer: Mapping[Rank, tuple[Told, ...]] = field(default_factory=dict)
+    match: Mapping[Rank, tuple[Match, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

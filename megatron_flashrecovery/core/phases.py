@@ -58,6 +58,8 @@ class Draining:
     heard: set[Rank] = field(default_factory=set)
     since: dict[Rank, OrderNumber] = field(default_factory=dict)
     answered: dict[Rank, int] = field(default_factory=dict)
+    missing: dict[GroupKey, int] = field(default_factory=dict)
+    """How much was missing in a group when it was matched."""
     waiting: Wait | None = None
     patient_until: float = 0.0
     unchanged: dict[GroupKey, tuple[int, int, int]] = field(default_factory=dict)

@@ -36,6 +36,7 @@ class News:
 def execute(me: Worker, resume_step: Step, regather: bool, share: Share) -> Program:
     """Discard, rebuild, give, restore, gather, agree, capture, mirror."""
     me.told = []
+    me.is_void = False
     was_live = _is_live(me, resume_step)
     me.discard(resume_step)
     yield Pause()

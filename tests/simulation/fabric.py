@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from megatron_flashrecovery.core.ids import GroupKey, Rank
-from megatron_flashrecovery.core.messages import GroupCount, PairCount
+from megatron_flashrecovery.core.messages import GroupCount, Match, PairCount
 
 
 class Mismatch(AssertionError):
@@ -15,6 +15,10 @@ class Mismatch(AssertionError):
 
 def mix(*parts: int) -> int:
     return hash(parts) & 0xFFFFFFFFFFFF
+
+
+class Void(int):
+    """Contents that nobody computed: given by a counterpart, or made of what came of one."""
 
 
 @dataclass
@@ -37,11 +41,14 @@ class Handle:
 class Communicator:
     """One incarnation of a group's communicator: a rebuilt group gets another one."""
 
-    def __init__(self, key: GroupKey, members: tuple[Rank, ...], epoch: int, is_eager: bool) -> None:
+    def __init__(
+        self, key: GroupKey, members: tuple[Rank, ...], epoch: int, is_eager: bool, forms_kept: int = 0
+    ) -> None:
         self.key = key
         self.members = members
         self.epoch = epoch
         self.is_eager = is_eager
+        self.forms_kept = forms_kept
         self.endpoints: dict[Rank, Endpoint] = {}
         self.signatures: list[str] = []
         self.contributions: list[dict[Rank, int]] = []
@@ -104,6 +111,7 @@ class Endpoint:
         self.issued = 0
         self.completed = 0
         self.digest = 0
+        self.operations: list[str] = []
         self.sent: dict[Rank, int] = {}
         self.received: dict[Rank, int] = {}
         self.open_with: dict[Rank, int] = {}
@@ -112,11 +120,24 @@ class Endpoint:
 
     def count(self) -> GroupCount:
         peers = self.sent.keys() | self.received.keys()
-        pairs = {
-            peer: PairCount(self.sent.get(peer, 0), self.received.get(peer, 0), self.open_with.get(peer, 0))
-            for peer in peers
-        }
-        return GroupCount(self.issued, self.completed, self.digest, pairs, self.broken)
+        kept = self.comm.forms_kept
+        pairs = {}
+        for peer in peers:
+            sent, received = self.sent.get(peer, 0), self.received.get(peer, 0)
+            forms = ((b"transfer",) * min(kept, number) for number in (sent, received))
+            pairs[peer] = PairCount(sent, received, self.open_with.get(peer, 0), *forms)
+        recent = tuple(operation.encode() for operation in self.operations[-kept:]) if kept else ()
+        return GroupCount(self.issued, self.completed, self.digest, pairs, self.broken, recent)
+
+    def match(self, match: Match) -> Handle:
+        """Issue a counterpart, with contents that nobody computed."""
+        if match.peer is None:
+            if match.number != self.issued + 1:
+                raise Mismatch(f"{self.comm.key}: rank {self.rank} matches {match.number} after {self.issued}")
+            return self.issue(match.form.decode(), Void())
+        if match.is_send:
+            return self.exchange("match", {match.peer: Void()}, ())
+        return self.exchange("match", {}, (match.peer,))
 
     def issue(self, operation: str, value: int) -> Handle:
         """Contribute to the next collective."""
@@ -133,6 +154,7 @@ class Endpoint:
             )
         comm.contributions[self.issued - 1][self.rank] = value
         self.digest = mix(self.digest, *operation.encode())
+        self.operations.append(operation)
         return self._begin(handle)
 
     def exchange(self, operation: str, sends: dict[Rank, int], receives: tuple[Rank, ...]) -> Handle:
@@ -169,7 +191,7 @@ class Endpoint:
         self.open.remove(handle)
         if handle.number:
             given = self.comm.contributions[handle.number - 1]
-            handle.result = mix(*(given[member] for member in self.comm.members))
+            handle.result = _result(*(given[member] for member in self.comm.members))
             self.completed += 1
             return
         for peer, _ in handle.receives:
@@ -177,7 +199,7 @@ class Endpoint:
         if not self.comm.is_eager:
             for peer, _ in handle.sends:
                 self.open_with[peer] -= 1
-        handle.result = mix(*(self.comm.sent[peer, self.rank][index] for peer, index in handle.receives))
+        handle.result = _result(*(self.comm.sent[peer, self.rank][index] for peer, index in handle.receives))
 
     def cut(self, reason: str) -> list[Handle]:
         """Sever this end: whatever is under way here fails. Returns that."""
@@ -186,3 +208,8 @@ class Endpoint:
         for handle in failed:
             handle.failed = reason
         return failed
+
+
+def _result(*given: int) -> int:
+    result = mix(*given)
+    return Void(result) if any(isinstance(value, Void) for value in given) else result

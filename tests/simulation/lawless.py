@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.coordinator import Job
-from megatron_flashrecovery.core.ids import GroupKey, OrderNumber
+from megatron_flashrecovery.core.ids import GroupKey, OrderNumber, Rank
 from megatron_flashrecovery.core.member import Action, Member, Mode, Order
 from megatron_flashrecovery.core.messages import (
     CheckpointWritten,
@@ -40,6 +40,18 @@ class BlindCensus(Census):
 
     def rebuild(self) -> dict[GroupKey, str]:
         return {key: reason for key, reason in super().rebuild().items() if not self.is_whole(key)}
+
+
+class CarelessCensus(Census):
+    """Void contents may go to anybody, also to whoever is in the middle of its update."""
+
+    def is_before_update(self, rank: Rank) -> bool:
+        return True
+
+
+def care_for_no_update(job: Job) -> None:
+    if isinstance(job.phase, Draining):
+        job.phase.census.__class__ = CarelessCensus
 
 
 def trust_blindly(job: Job) -> None:

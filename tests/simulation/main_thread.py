@@ -4,6 +4,7 @@ The main thread runs in turns, between which anything may happen. It stands when
 - ``handle``: inside an operation that is not complete;
 - ``door``: parked before something that it has not started;
 - ``caught``: an operation failed under it;
+- ``match``: for counterparts that it issued for others, while it stands somewhere else;
 - ``gate``: for the acknowledgement of its mirror;
 - ``news``: for whatever the plan that it executes needs from others;
 - ``idle``: it has nothing to do.
@@ -18,7 +19,7 @@ from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step, WorkerI
 from megatron_flashrecovery.core.member import Member, Mode
 from megatron_flashrecovery.core.messages import PlanFailed, RanksFinished, Told, Update
 from tests.simulation.execution import Connect, Failure, News
-from tests.simulation.fabric import Endpoint, Handle, mix
+from tests.simulation.fabric import Endpoint, Handle, Void, mix
 from tests.simulation.program import (
     Arm,
     Ask,
@@ -71,6 +72,11 @@ class MainThread:
         self.waits = "idle"
         self.ask: Ask | Connect | News | None = None
         self.handle: Handle | None = None
+        self.matching: list[Handle] = []
+        self.stood = ""
+        """What it waits for when its counterparts are done."""
+        self.is_void = False
+        """Its step goes on with contents that nobody computed. The rank itself does not know."""
         self.result: object = None
         self.joins_in = world.pick(4)
         self.is_queued = False
@@ -132,8 +138,12 @@ class MainThread:
             case Pause():
                 self.push_turn()
             case Arm():
+                if self.is_stopping and "gate check" not in self.world.off:
+                    # Nobody knows whether what it has got since the order to stop is void.
+                    self.stand("door")
+                    return
                 if not self.has_abort_begun or "abort check" in self.world.off:
-                    self.update = Update.ARMED
+                    self.mark("armed")
                 self.push_turn()
             case Await(handle):
                 self.wait_for(handle)
@@ -162,12 +172,11 @@ class MainThread:
         ask = self.ask
         end = self.ends[self.keys["pp" if isinstance(ask, Exchange) else ask.kind]]  # type: ignore[union-attr]
         match ask:
-            case Collective(_, operation, value):
-                handle = end.issue(operation, value)
-            case Begin(_, operation, value):
-                handle = end.issue(operation, value)
+            case Collective(_, operation, value) | Begin(_, operation, value):
+                handle = end.issue(operation, Void(value) if self.is_void else value)
             case Exchange(operation, sends, receives):
-                handle = end.exchange(operation, sends, receives)
+                given = {peer: Void(value) if self.is_void else value for peer, value in sends.items()}
+                handle = end.exchange(operation, given, receives)
             case _:
                 raise AssertionError(ask)
         self.world.ripen(end.comm)
@@ -198,6 +207,7 @@ class MainThread:
                     if self.waits == "handle" and self.handle is handle:
                         self._completed(handle)
                     else:
+                        self.end_matching()
                         self.say_where()
                     return
 
@@ -205,8 +215,10 @@ class MainThread:
         if self.program is None:
             self.stand("idle")
             return
+        self.is_void = self.is_void or isinstance(handle.result, Void)
         if isinstance(self.ask, Collective) and self.ask.is_told:
             assert handle.result is not None
+            self.world.monitor.on_use(self, f"{self.ask.operation} is told")
             payload = handle.result.to_bytes(8, "little")
             self.told.append(Told(self.ask.operation, payload, Step(self.step + 1)))
         self.wake(handle.result)
@@ -215,6 +227,7 @@ class MainThread:
         """An operation failed, because somebody died or an end was cut."""
         self.has_abort_begun = True
         if self.waits != "handle" or self.handle is not handle:
+            self.end_matching()
             self.say_where()
         elif self.program is None:
             self.stand("idle")
@@ -222,6 +235,12 @@ class MainThread:
             self.wake(mix(self.world.pick(1 << 30), 13))
         else:
             self.stand("caught")
+
+    def end_matching(self) -> None:
+        """Counterparts that are done or have failed let it stand again where it stood."""
+        self.matching = [one for one in self.matching if not one.is_done and not one.failed]
+        if self.waits == "match" and not self.matching:
+            self.waits = self.stood
 
     def _returns_garbage(self) -> bool:
         """Aborted is not completed: on a device the operation ends with wrong data, except where the host waits."""
@@ -253,6 +272,7 @@ class MainThread:
 
     def mark(self, update: str) -> None:
         self.update = Update(update)
+        self.world.monitor.on_use(self, f"it is {update}")
         self.world.on_mark(self, update)
 
     def train(self) -> Program:
@@ -274,6 +294,7 @@ class MainThread:
         self.update = Update.BEFORE
         self.is_finishing = False
         self.answers.clear()
+        self.world.monitor.on_use(self, "it completes a step")
         self.world.monitor.on_step(self)
         self.world.save(self)
 

@@ -54,6 +54,11 @@ class Monitor:
         self._compare(worker, "completed")
         self.completed = max(self.completed, worker.step)
 
+    def on_use(self, worker: Worker, what: str) -> None:
+        """Void contents end with the call that they were given to."""
+        if worker.is_void:
+            self.blame(f"void contents reach rank {worker.rank}: {what} in step {worker.step + 1}")
+
     def _compare(self, worker: Worker, what: str) -> None:
         params, master, values = self.expected[worker.step][worker.rank]
         have = (worker.params, worker.master, worker.values)
@@ -135,6 +140,9 @@ class Monitor:
         timelines = {worker.timeline for worker in living if worker.member.epoch == epoch}
         if len(timelines) > 1:
             self.blame(f"timelines are mixed at step {job.last_resume}")
+        for worker in living:
+            if worker.member.epoch == epoch:
+                self.on_use(worker, "the job resumes")
         for key, members in self.world.settings.model.groups.items():
             ends = [worker.ends[key] for worker in living if worker.rank in members and worker.member.epoch == epoch]
             if len({id(end.comm) for end in ends}) > 1:

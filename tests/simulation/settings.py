@@ -93,6 +93,7 @@ class Settings:
     late_mirrors: float = 0.02
     notice: float = 0.3
     checkpoint_every: int = 0
+    forms_kept: int = 8
     off: frozenset[str] = frozenset()
 
     @cached_property
@@ -151,6 +152,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         late_mirrors=rng.choice([0.02, 0.02, 0.5]),
         notice=rng.choice([0.0, 0.3, 1.0]),
         checkpoint_every=rng.choice([0, 0, 1, 2]),
+        forms_kept=rng.choice([0, 1, 2, 8, 8, 8]),
         off=off,
     )
 

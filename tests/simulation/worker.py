@@ -15,7 +15,7 @@ from megatron_flashrecovery.core.member import (
     SayReady,
     StandStill,
 )
-from megatron_flashrecovery.core.messages import PlanExecuted, RanksReady, Report, Spot, Standing, Update
+from megatron_flashrecovery.core.messages import Match, PlanExecuted, RanksReady, Report, Spot, Standing, Update
 from tests.simulation.execution import Connect, News, execute
 from tests.simulation.fabric import Communicator
 from tests.simulation.main_thread import MainThread
@@ -77,7 +77,18 @@ class Worker(MainThread):
             assert self.ask is not None
             self.waits = ""
             self.consider(self.ask)
+        if action.match:
+            self._issue_counterparts(action.match)
         self.say_where()
+
+    def _issue_counterparts(self, matches: tuple[Match, ...]) -> None:
+        if self.waits not in ("door", "caught", "idle"):
+            self.world.monitor.blame(f"rank {self.rank} is to match others, but waits for {self.waits or 'nothing'}")
+        self.stood, self.waits = self.waits, "match"
+        self.matching = [self.ends[match.group].match(match) for match in matches]
+        for key in dict.fromkeys(match.group for match in matches):
+            self.world.ripen(self.ends[key].comm)
+        self.end_matching()
 
     def cut(self, key: GroupKey, reason: str) -> None:
         """Sever this rank's end of a group; others may or may not see it."""
@@ -111,13 +122,15 @@ class Worker(MainThread):
                 self.agent.report(self.report(), self.member.number, self.member.epoch)
 
     def report(self) -> Report:
-        standing = {"handle": Standing.BLOCKED, "caught": Standing.CAUGHT}.get(self.waits, Standing.PARKED)
+        standing = {"handle": Standing.BLOCKED, "match": Standing.BLOCKED, "caught": Standing.CAUGHT}.get(
+            self.waits, Standing.PARKED
+        )
         return Report(
             self.rank,
             standing,
             Step(self.step),
             Update.WRITING if self.is_half_restored else self.update,
-            self._spot() if self.waits in ("handle", "caught", "door") else None,
+            self._spot() if self.waits in ("handle", "caught", "door", "match") else None,
             {key: end.count() for key, end in self.ends.items()},
             own=tuple(Step(step) for step in sorted(self.own)),
             guests={guest: tuple(Step(step) for step in sorted(kept)) for guest, kept in self.guests.items()},
@@ -125,7 +138,7 @@ class Worker(MainThread):
         )
 
     def _spot(self) -> Spot | None:
-        handle = self.handle
+        handle = self.matching[0] if self.waits == "match" else self.handle
         if self.waits != "door" and handle is not None:
             return Spot(
                 handle.endpoint.comm.key,

@@ -30,7 +30,7 @@ from megatron_flashrecovery.core.phases import Draining, Executing, Finished, Ha
 from tests.simulation.agent import Agent
 from tests.simulation.bad_luck import BadLuck
 from tests.simulation.fabric import Communicator, mix
-from tests.simulation.lawless import LawlessMember, trust_blindly, without_epochs
+from tests.simulation.lawless import LawlessMember, care_for_no_update, trust_blindly, without_epochs
 from tests.simulation.monitor import Monitor
 from tests.simulation.program import initial, undisturbed
 from tests.simulation.settings import Settings
@@ -137,6 +137,8 @@ class World:
         commands = handle(self.job, event, self.now)
         if "counts" in self.off:
             trust_blindly(self.job)
+        if "before" in self.off:
+            care_for_no_update(self.job)
         after = self.job.phase
         for command in commands:
             self._send(command)
@@ -167,7 +169,8 @@ class World:
         """Count what the run has exercised."""
         self.seen[type(command).__name__] += 1
         match command:
-            case Drain(advance=advance, sever=sever, answer=answer):
+            case Drain(advance=advance, sever=sever, answer=answer, match=match):
+                self.seen["matched"] += len(match)
                 self.seen["advanced"] += len(advance)
                 self.seen["severed"] += len(sever)
                 self.seen["answered"] += len(answer)
@@ -271,7 +274,9 @@ class World:
     def communicator(self, key: GroupKey, epoch: Epoch) -> Communicator:
         if (key, epoch) not in self.comms:
             members = self.settings.model.groups[key]
-            self.comms[key, epoch] = Communicator(key, members, epoch, self.settings.is_eager)
+            self.comms[key, epoch] = Communicator(
+                key, members, epoch, self.settings.is_eager, self.settings.forms_kept
+            )
         return self.comms[key, epoch]
 
     def ripen(self, comm: Communicator) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, Severed
+from megatron_flashrecovery.comm.counterpart import counterpart, device_of, trace_of
 from megatron_flashrecovery.comm.delegation import generate, put_on_face
 from megatron_flashrecovery.comm.ledger import Ledger
 from megatron_flashrecovery.comm.operation import POINT_TO_POINT, Call, read_call
@@ -28,7 +29,7 @@ from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch
-from megatron_flashrecovery.core.messages import Spot
+from megatron_flashrecovery.core.messages import Match, Spot
 
 
 class NotRepeatable(RuntimeError):
@@ -178,6 +179,44 @@ class FlashGroup(dist.ProcessGroup):
             self.finish(pending, None, host=True)
         return pending
 
+    def issue_counterparts(self, matches: Sequence[Match]) -> list[PendingWork]:
+        """Issue them without asking the session, in order, sends and receives as one batch; counted as any other.
+
+        Whether they end well is seen in the counts: a group that is severed meanwhile is broken for everybody.
+        """
+        issued = []
+        for batch in _batches(matches):
+            device = self._device(device_of(batch))
+            ranks = self.identity.ranks
+            calls = [
+                counterpart(match, self.identity.size, -1 if match.peer is None else ranks.index(match.peer), device)
+                for match in batch
+            ]
+            spot = self._spot(calls)
+            assert spot.number == batch[0].number, f"{batch[0]} is to be issued after {self.ledger.issued} others"
+            pending = PendingWork(self, calls, spot, device if len(calls) > 1 else None)
+            try:
+                self._issue(pending)
+            except RuntimeError:
+                break
+            issued.append(pending)
+        return issued
+
+    def finish_counterpart(self, pending: PendingWork) -> None:
+        """Wait until it is over, well or not."""
+        self._whereabouts.enter(pending.spot)
+        try:
+            pending.await_attempt(None, host=True)
+        except RuntimeError as error:
+            self.ledger.fail(pending.entry, _first_line(error))
+            pending.sever(_first_line(error))
+            pending.abandon()
+        else:
+            self.ledger.complete(pending.entry)
+        finally:
+            pending.reported = True
+            self._whereabouts.leave()
+
     def finish(self, pending: PendingWork, timeout: timedelta | None, host: bool = False) -> None:
         """Wait for a work, through failures and retries, until it is over or ``Interrupted`` unwinds."""
         if pending.discarded:
@@ -228,9 +267,13 @@ class FlashGroup(dist.ProcessGroup):
     def _issue(self, pending: PendingWork) -> None:
         calls, spot = pending.calls, pending.spot
         if spot.number:
-            entry = self.ledger.issue(calls[0].signature if len(calls) == 1 else tuple(c.signature for c in calls))
+            if len(calls) == 1:
+                entry = self.ledger.issue(calls[0].signature, trace_of(calls[0]))
+            else:
+                entry = self.ledger.issue(tuple(call.signature for call in calls))
         else:
-            entry = self.ledger.issue_pairs(spot.sends_to, spot.receives_from)
+            ordered = calls if len(calls) == 1 else sorted(calls, key=_is_receive)
+            entry = self.ledger.issue_pairs(spot.sends_to, spot.receives_from, list(map(trace_of, ordered)))
         self._whereabouts.enter(spot)
         try:
             tree = self.tree
@@ -260,6 +303,12 @@ class FlashGroup(dist.ProcessGroup):
                 raise NotRepeatable(f"{call.name} of group {self.identity.key} cannot be retried: {reason}") from error
         return False
 
+    def _device(self, kind: str) -> torch.device:
+        own = self.identity.device
+        if own is not None and own.type == kind:
+            return own
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind or "cpu")
+
     def _spot(self, calls: Sequence[Call]) -> Spot:
         key = self.identity.key
         if len(calls) == 1 and calls[0].peer < 0 and calls[0].name != "recv_anysource":
@@ -271,6 +320,15 @@ class FlashGroup(dist.ProcessGroup):
             receives = tuple(ranks[call.peer] for call in calls if not call.sends and call.peer >= 0)
             return Spot(key, name, 0, sends, receives)
         return Spot(key, "coalesced", self.ledger.issued + 1)
+
+
+def _batches(matches: Sequence[Match]) -> list[list[Match]]:
+    transfers = [match for match in matches if not match.number]
+    return [*([match] for match in matches if match.number), *([transfers] if transfers else [])]
+
+
+def _is_receive(call: Call) -> bool:
+    return not call.sends
 
 
 def _outputs(calls: Sequence[Call]) -> list[torch.Tensor]:

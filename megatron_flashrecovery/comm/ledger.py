@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
+from megatron_flashrecovery.comm.counterpart import Trace, form_of
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.core.messages import GroupCount, PairCount
 
 _MASK = (1 << 63) - 1
 _OUTSTANDING_BEFORE_POLL = 64
+_TRACES_KEPT = 8
+"""Of how many operations a peer may be told that it lacks them: as far as members run ahead of each other."""
 
 
 class Pollable(Protocol):
@@ -35,10 +39,16 @@ class Entry:
 
 
 class _Pair:
-    __slots__ = ("open", "received", "sent")
+    __slots__ = ("open", "received", "receives", "sends", "sent")
 
     def __init__(self) -> None:
         self.sent = self.received = self.open = 0
+        self.sends: deque[Trace | None] = deque(maxlen=_TRACES_KEPT)
+        self.receives: deque[Trace | None] = deque(maxlen=_TRACES_KEPT)
+
+    def count(self) -> PairCount:
+        sends, receives = tuple(map(form_of, self.sends)), tuple(map(form_of, self.receives))
+        return PairCount(self.sent, self.received, self.open, sends, receives)
 
 
 class Ledger:
@@ -55,6 +65,7 @@ class Ledger:
     def _clear(self) -> None:
         self._issued = self._completed = self._digest = 0
         self._pairs: dict[Rank, _Pair] = {}
+        self._recent: deque[Trace | None] = deque(maxlen=_TRACES_KEPT)
 
     @property
     def issued(self) -> int:
@@ -64,7 +75,7 @@ class Ledger:
     def has_outstanding(self) -> bool:
         return bool(self._outstanding)
 
-    def issue(self, signature: Hashable) -> Entry:
+    def issue(self, signature: Hashable, trace: Trace | None = None) -> Entry:
         """Count a collective. The digest is over what every member must pass alike, in the order of issue."""
         token = self._token_of.get(signature)
         if token is None:
@@ -72,20 +83,33 @@ class Ledger:
             token = self._token_of[signature] = zlib.crc32(repr(signature).encode())
         with self._lock:
             self._issued += 1
+            self._recent.append(trace)
             self._digest = (self._digest * 1_000_003 + token) & _MASK
             return Entry(self._period, True)
 
-    def issue_pairs(self, sends: tuple[Rank, ...], receives: tuple[Rank, ...]) -> Entry:
+    def issue_pairs(
+        self, sends: tuple[Rank, ...], receives: tuple[Rank, ...], traces: Sequence[Trace | None] = ()
+    ) -> Entry:
+        """``traces`` are those of the sends, then those of the receives."""
+        trace = iter(traces)
         with self._lock:
             for rank in sends:
-                pair = self._pairs.setdefault(rank, _Pair())
+                pair = self._pair(rank)
                 pair.sent += 1
                 pair.open += 1
+                pair.sends.append(next(trace, None))
             for rank in receives:
-                pair = self._pairs.setdefault(rank, _Pair())
+                pair = self._pair(rank)
                 pair.received += 1
                 pair.open += 1
+                pair.receives.append(next(trace, None))
             return Entry(self._period, False, sends + receives)
+
+    def _pair(self, rank: Rank) -> _Pair:
+        pair = self._pairs.get(rank)
+        if pair is None:
+            pair = self._pairs[rank] = _Pair()
+        return pair
 
     def watch(self, entry: Entry, pending: Pollable) -> None:
         """Remember an operation that may complete without anybody waiting for it."""
@@ -96,7 +120,9 @@ class Ledger:
     def received_from(self, rank: Rank) -> None:
         """A receive from anybody turned out to be from this rank."""
         with self._lock:
-            self._pairs.setdefault(rank, _Pair()).received += 1
+            pair = self._pair(rank)
+            pair.received += 1
+            pair.receives.append(None)
 
     def complete(self, entry: Entry) -> None:
         """Repeating it changes nothing, nor does completing what was issued before the counts began again."""
@@ -146,5 +172,6 @@ class Ledger:
 
     def count(self) -> GroupCount:
         with self._lock:
-            pairs = {rank: PairCount(pair.sent, pair.received, pair.open) for rank, pair in self._pairs.items()}
-            return GroupCount(self._issued, self._completed, self._digest, pairs, self._broken)
+            pairs = {rank: pair.count() for rank, pair in self._pairs.items()}
+            recent = tuple(map(form_of, self._recent))
+            return GroupCount(self._issued, self._completed, self._digest, pairs, self._broken, recent)

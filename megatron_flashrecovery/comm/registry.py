@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 import torch.distributed.distributed_c10d as c10d
@@ -22,7 +22,7 @@ from megatron_flashrecovery.comm.startup_record import StartupRecord
 from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank
-from megatron_flashrecovery.core.messages import GroupCount, Spot
+from megatron_flashrecovery.core.messages import GroupCount, Match, Spot
 
 TRANSPORTS = (GlooTransport, NcclTransport)
 _RANKS_SPELLED_OUT = 16
@@ -108,6 +108,20 @@ class GroupRegistry:
         groups = [self._groups[key] for key in keys if key in self._groups]
         communicators = [group.sever(reason, epoch) for group in groups if not group.destroyed]
         sever_together([each for each in communicators if each is not None], reason)
+
+    def match(self, matches: Sequence[Match]) -> None:
+        """On the thread that stands: issue these counterparts, and return when they are over, well or not."""
+        by_group: dict[GroupKey, list[Match]] = {}
+        for match in matches:
+            by_group.setdefault(match.group, []).append(match)
+        # All are issued before any is waited for: the peers of one may come only after those of another.
+        under_way = [
+            (self._groups[key], work)
+            for key, some in by_group.items()
+            for work in self._groups[key].issue_counterparts(some)
+        ]
+        for group, work in under_way:
+            group.finish_counterpart(work)
 
     def settle(self) -> None:
         """Block until what ``sever`` began is done. Call it before reporting: on NCCL nobody may free a communicator

@@ -46,6 +46,8 @@ def _drain(body: Mapping[str, Any]) -> str:
     parts += [f"sever {group} ({reason})" for group, reason in list(body["sever"].items())[:_SHOWN]]
     if body["answer"]:
         parts.append(f"answer rank {_short(list(body['answer']))}")
+    if body.get("match"):
+        parts.append(f"let rank {_short(list(body['match']))} match others")
     return f"on {body['node']}: " + "; ".join(parts)
 
 

@@ -155,11 +155,11 @@ class Line:
             case SayReady():
                 with self._saying:
                     self._channel.send(dialogue.Ready(self.epoch, b""))
-            case GetOutOfTheWay(advance=advance, sever=sever, answer=answer):
+            case GetOutOfTheWay(advance=advance, sever=sever, answer=answer, match=matches):
                 for key, reason in sever.items():
                     self._registry.sever([key], reason, message.epoch)
                 self._registry.settle()
-                self._lot.get_out_of_the_way(advance, answer)
+                self._lot.get_out_of_the_way(advance, answer, matches)
                 self.report()
             case CarryOut():
                 assert isinstance(message, core.ExecutePlan)

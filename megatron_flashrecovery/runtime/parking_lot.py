@@ -17,7 +17,7 @@ import msgspec
 from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed, Verdict
 from megatron_flashrecovery.core.errors import FlashRecoveryError
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import ExecutePlan, Spot, Standing, Told
+from megatron_flashrecovery.core.messages import ExecutePlan, Match, Spot, Standing, Told
 
 _PROCEED = Proceed()
 _NOTICE = 10.0
@@ -43,17 +43,22 @@ class ParkingLot:
     """Implements ``comm.parking.Parking`` for one rank.
 
     ``on_stand`` is called without the lock held, on the thread that has just stopped or started to stand elsewhere; it
-    reports to the agent.
+    reports to the agent. ``on_match`` issues counterparts of what others are in, on the thread that stands, and returns
+    when they are over.
     """
 
-    def __init__(self, order_timeout: float, on_stand: Callable[[], None]) -> None:
+    def __init__(
+        self, order_timeout: float, on_stand: Callable[[], None], on_match: Callable[[Sequence[Match]], None]
+    ) -> None:
         self._order_timeout = order_timeout
         self._on_stand = on_stand
+        self._on_match = on_match
         self._changed = threading.Condition()
         self._stopping = False
         self._executing = False
         self._released = False
         self._go = False
+        self._matches: tuple[Match, ...] = ()
         self._answers: deque[Told] = deque()
         self._answering = False
         self._plan: ExecutePlan | None = None
@@ -81,12 +86,13 @@ class ParkingLot:
         with self._changed:
             self._stopping, self._executing = True, False
             self._stopped_since = time.monotonic()
-            self._go, self._answering, self._plan = False, False, None
+            self._go, self._answering, self._plan, self._matches = False, False, None, ()
             self._answers.clear()
             self._changed.notify_all()
 
-    def get_out_of_the_way(self, advance: bool, answer: Sequence[Told] | None) -> None:
-        """Let go of who stands here: for one operation, or to finish the update with these results."""
+    def get_out_of_the_way(self, advance: bool, answer: Sequence[Told] | None, matches: tuple[Match, ...] = ()) -> None:
+        """Let go of who stands here: for one operation, to finish the update with these results, or only until these
+        counterparts are over."""
         with self._changed:
             # Where it stands is over with the order, not only once its thread has woken up.
             self._stopped_since = time.monotonic()
@@ -95,6 +101,8 @@ class ParkingLot:
                 self._answering = True
             if advance or answer is not None:
                 self._go, self._stand = True, None
+            if matches:
+                self._matches, self._stand = matches, None
             self._changed.notify_all()
 
     def execute(self, plan: ExecutePlan) -> None:
@@ -227,15 +235,20 @@ class ParkingLot:
         return Answer(msgspec.msgpack.decode(told.payload, type=list[bytes]))
 
     def _stay(self, stand: Stand) -> Verdict:
-        with self._changed:
-            self._stand = stand
-        self._on_stand()
-        with self._changed:
-            self._changed.wait_for(lambda: self._go or self._plan is not None)
-            self._stand = None
-            if self._plan is not None:
-                raise Interrupted(self._plan.resume_step)
-            self._go = False
+        while True:
+            with self._changed:
+                self._stand = stand
+            self._on_stand()
+            with self._changed:
+                self._changed.wait_for(lambda: self._go or self._plan is not None or self._matches)
+                self._stand = None
+                if self._plan is not None:
+                    raise Interrupted(self._plan.resume_step)
+                matches, self._matches = self._matches, ()
+                if not matches:
+                    self._go = False
+                    break
+            self._on_match(matches)
         if self._answers and stand.spot is not None:
             return self._next_answer(stand.spot)
         return _PROCEED

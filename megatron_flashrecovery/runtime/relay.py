@@ -13,6 +13,7 @@ def narrowed(order: core.Drain, rank: Rank) -> core.Drain:
         order,
         advance=(rank,) if rank in order.advance else (),
         answer={rank: order.answer[rank]} if rank in order.answer else {},
+        match={rank: order.match[rank]} if rank in order.match else {},
     )
 
 

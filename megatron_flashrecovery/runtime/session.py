@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from megatron_flashrecovery.comm.nccl_communicator import contradictions, nccl_e
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.comm.startup_record import StartupRecord
-from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.errors import ConfigError, FlashRecoveryError
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.runtime import dialogue
@@ -48,7 +49,9 @@ class Session:
         self.rank = seat.rank
         self._progress = Progress(update=Update.WRITING if seat.joining else Update.BEFORE)
         self._bulletin = Bulletin(seat.store_host, seat.store_port, seat.join_timeout, seat.token.encode())
-        self._lot = ParkingLot(seat.drain_timeout, lambda: self._line.report())
+        self._lot = ParkingLot(
+            seat.drain_timeout, lambda: self._line.report(), lambda matches: self._registry.match(matches)
+        )
         record = StartupRecord.from_bytes(seat.startup) if seat.joining and seat.startup else None
         self._registry = GroupRegistry(
             rank=seat.rank,
@@ -143,7 +146,8 @@ class Session:
         while True:
             try:
                 self._lot.check()
-                record = self._reach(wanted, call)
+                with self._discarding():
+                    record = self._reach(wanted, call)
                 break
             except Interrupted:
                 self._execute()
@@ -305,14 +309,32 @@ class Session:
             try:
                 self._lot.check()
                 self._catch_up(last)
-                for name, call in self._guarded if from_the_first else self._guarded[-1:]:
-                    self._doing = name
-                    call()
+                with self._discarding():
+                    for name, call in self._guarded if from_the_first else self._guarded[-1:]:
+                        self._doing = name
+                        call()
+                # What an operation has brought since the order to stop may be void, and must not leave the call.
+                self._lot.check()
                 return
             except Interrupted:
                 print(f"flashrecovery: {self._doing} after step {last} was cut short, and begins again", flush=True)
                 from_the_first = True
                 self._execute()
+
+    @contextmanager
+    def _discarding(self) -> Iterator[None]:
+        """Once the job stops, operations may end with void contents, which the framework may choke on. Then it stands
+        here as it would before its next operation: what it did is discarded anyway, and what is wrong without a
+        failure too will be wrong again."""
+        try:
+            yield
+        except FlashRecoveryError:
+            raise
+        except Exception as error:
+            if not self._lot.stopping or self._progress.update is not Update.BEFORE:
+                raise
+            print(f"flashrecovery: given up while the job stops: {type(error).__name__}: {error}", flush=True)
+            self._lot.check()
 
     def _catch_up(self, step: Step) -> None:
         """After the loop: a recovery may have gone back behind its last step."""

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step
-from megatron_flashrecovery.core.messages import ExecutePlan, Share, Source, Spot, Standing, Told
+from megatron_flashrecovery.core.messages import ExecutePlan, Match, Share, Source, Spot, Standing, Told
 from megatron_flashrecovery.runtime.parking_lot import AnswerMismatch, NoRecovery, ParkingLot, Stand
 
 T = TypeVar("T")
@@ -25,7 +25,8 @@ class Lot(ParkingLot):
 
     def __init__(self, order_timeout: float = 5.0) -> None:
         self.stood = threading.Semaphore(0)
-        super().__init__(order_timeout, self.stood.release)
+        self.matched: list[Match] = []
+        super().__init__(order_timeout, self.stood.release, self.matched.extend)
 
 
 def in_background(call: Callable[[], T]) -> Future[T]:
@@ -90,6 +91,19 @@ def test_an_answered_thread_gets_the_results_in_order_and_then_stands_again() ->
     assert [each.payload for each in lot.told] == [told("", b"1").payload, told("", b"2").payload]
     in_background(lambda: lot.before(SPOT))
     assert lot.stood.acquire(timeout=5)
+
+
+def test_a_thread_that_matches_others_stands_afterwards_where_it_stood() -> None:
+    lot = Lot()
+    lot.stop()
+    parked = in_background(lambda: lot.before(SPOT))
+    assert lot.stood.acquire(timeout=5)
+    match = Match(SPOT.group, b"", 3)
+    lot.get_out_of_the_way(advance=False, answer=None, matches=(match,))
+    assert lot.stood.acquire(timeout=5)
+    assert lot.matched == [match]
+    assert lot.stand == Stand(Standing.PARKED, SPOT)
+    assert not parked.done()
 
 
 def test_a_result_of_another_operation_is_never_taken() -> None:

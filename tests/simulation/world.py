@@ -274,9 +274,7 @@ class World:
     def communicator(self, key: GroupKey, epoch: Epoch) -> Communicator:
         if (key, epoch) not in self.comms:
             members = self.settings.model.groups[key]
-            self.comms[key, epoch] = Communicator(
-                key, members, epoch, self.settings.is_eager, self.settings.forms_kept
-            )
+            self.comms[key, epoch] = Communicator(key, members, epoch, self.settings.is_eager, self.settings.forms_kept)
         return self.comms[key, epoch]
 
     def ripen(self, comm: Communicator) -> None:

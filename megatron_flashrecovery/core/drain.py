@@ -20,6 +20,7 @@ With a replicated optimizer, ranks that are in the middle of an update which som
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -69,11 +70,11 @@ class Past:
     nobody is advanced in them. ``void`` ranks go on with contents that nobody computed.
     """
 
-    severed: frozenset[GroupKey] = frozenset()
+    severed: AbstractSet[GroupKey] = frozenset()
     answered: Mapping[Rank, int] = field(default_factory=dict)
     missing: Mapping[GroupKey, int] = field(default_factory=dict)
-    displaced: frozenset[GroupKey] = frozenset()
-    void: frozenset[Rank] = frozenset()
+    displaced: AbstractSet[GroupKey] = frozenset()
+    void: AbstractSet[Rank] = frozenset()
 
 
 def decide_drain(census: Census, sharded: bool, past: Past, is_patient: bool) -> Decision:
@@ -107,7 +108,7 @@ def decide_drain(census: Census, sharded: bool, past: Past, is_patient: bool) ->
     return Disentangle(answer=answer) if answer else Settled()
 
 
-def _also_void(census: Census, advance: set[Rank], void: frozenset[Rank]) -> frozenset[Rank]:
+def _also_void(census: Census, advance: set[Rank], void: AbstractSet[Rank]) -> frozenset[Rank]:
     """Who goes on with contents that come from a void rank."""
     if void.isdisjoint(advance):
         return frozenset()

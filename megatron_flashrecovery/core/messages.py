@@ -47,8 +47,8 @@ class PairCount:
     sent: int = 0
     received: int = 0
     open: int = 0
-    sends: tuple[bytes, ...] = ()
-    receives: tuple[bytes, ...] = ()
+    sends: tuple[bytes, ...] = field(default=(), compare=False)
+    receives: tuple[bytes, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GroupCount:
     digest: int = 0
     pairs: Mapping[Rank, PairCount] = field(default_factory=dict)
     broken: str | None = None
-    recent: tuple[bytes, ...] = ()
+    recent: tuple[bytes, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

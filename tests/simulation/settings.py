@@ -152,7 +152,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         late_mirrors=rng.choice([0.02, 0.02, 0.5]),
         notice=rng.choice([0.0, 0.3, 1.0]),
         checkpoint_every=rng.choice([0, 0, 1, 2]),
-        forms_kept=rng.choice([0, 1, 2, 8, 8, 8]),
+        forms_kept=0 if "matching" in off else rng.choice([0, 1, 2, 8, 8, 8]),
         off=off,
     )
 

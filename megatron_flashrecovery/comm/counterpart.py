@@ -3,6 +3,8 @@
 A *trace* is what a ledger keeps of an operation, cheap and without its tensors; a *form* is a trace as bytes, for a
 report. Collectives have one if their signature says everything that members must pass alike; what it does not say
 (layouts that differ between members, several tensors at once) has no counterpart, and its group is severed instead.
+Neither has what a rank may act on outside its memory: who leaves a barrier believes that the others have done something
+(written their part of a checkpoint), and bytes are somebody's objects.
 
 Tensors are zeros: sums keep what the others gave, and sizes, indices and flags that come of them are in range.
 """
@@ -17,7 +19,6 @@ import torch
 from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
-    BarrierOptions,
     BroadcastOptions,
     ReduceOptions,
     ReduceScatterOptions,
@@ -26,7 +27,7 @@ from torch._C._distributed_c10d import (
 from megatron_flashrecovery.comm.operation import Call, read_call
 from megatron_flashrecovery.core.messages import Match
 
-Trace: TypeAlias = tuple[str, int, torch.dtype | None, int, str, int, bool]
+Trace: TypeAlias = tuple[str, int, torch.dtype, int, str, int, bool]
 """Name, root, dtype, elements of its one input (or of what is received), kind of device, tag, asynchronous."""
 
 _IN_PLACE = frozenset({"allreduce", "reduce", "broadcast"})
@@ -39,7 +40,6 @@ _OPTIONS_OF: Mapping[str, Callable[[], Any]] = {
     "all_gather_single": AllgatherOptions,
     "_reduce_scatter_base": ReduceScatterOptions,
     "reduce_scatter_single": ReduceScatterOptions,
-    "barrier": BarrierOptions,
 }
 
 
@@ -51,8 +51,8 @@ def trace_of(call: Call) -> Trace | None:
         tensors, tag = call.inputs, 0
     else:
         return None
-    if len(tensors) != 1:
-        return (name, -1, None, 0, "", 0, call.asynchronous) if name == "barrier" else None
+    if len(tensors) != 1 or tensors[0].dtype is torch.uint8:
+        return None
     tensor = tensors[0]
     return (name, call.root, tensor.dtype, tensor.numel(), tensor.device.type, tag, call.asynchronous)
 
@@ -75,8 +75,6 @@ def counterpart(match: Match, size: int, peer: int, device: torch.device | None)
         return read_call("send" if match.is_send else "recv", ([tensor], peer, tag), {})
     options = _OPTIONS_OF[name]()
     options.asyncOp = asynchronous
-    if name == "barrier":
-        return read_call(name, (options,), {})
     tensor = _zeros(numel, dtype, kind, device)
     if name in _IN_PLACE:
         if name != "allreduce":

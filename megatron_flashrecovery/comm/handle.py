@@ -307,7 +307,7 @@ class FlashGroup(dist.ProcessGroup):
         own = self.identity.device
         if own is not None and own.type == kind:
             return own
-        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind or "cpu")
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
     def _spot(self, calls: Sequence[Call]) -> Spot:
         key = self.identity.key

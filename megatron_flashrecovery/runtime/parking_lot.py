@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -173,6 +174,21 @@ class ParkingLot:
         """A place between operations: stand here if the job stops. Raises ``Interrupted``."""
         if self._stopping and not self._executing:
             self._stay(Stand(Standing.PARKED, None))
+
+    @contextmanager
+    def discarding(self, is_before_update: Callable[[], bool]) -> Iterator[None]:
+        """Around a call of the framework that is repeated if the job stops. From then on its operations may end with
+        void contents, on which it may choke: then it stands here, as it would before its next operation. What it did
+        is discarded anyway, and what is wrong without void contents too will be wrong again."""
+        try:
+            yield
+        except FlashRecoveryError:
+            raise
+        except Exception as error:
+            if not self._stopping or self._executing or not is_before_update():
+                raise
+            print(f"flashrecovery: given up while the job stops: {type(error).__name__}: {error}", flush=True)
+            self.check()
 
     def wait_until(self, claim: Callable[[], bool], what: str, timeout: float | None = None) -> None:
         """Wait for ``claim`` at a place between operations. Raises ``Interrupted`` if the job stops meanwhile, and

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,7 +19,7 @@ from megatron_flashrecovery.comm.nccl_communicator import contradictions, nccl_e
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.comm.startup_record import StartupRecord
-from megatron_flashrecovery.core.errors import ConfigError, FlashRecoveryError
+from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.runtime import dialogue
@@ -146,7 +145,7 @@ class Session:
         while True:
             try:
                 self._lot.check()
-                with self._discarding():
+                with self._lot.discarding(self._is_before_update):
                     record = self._reach(wanted, call)
                 break
             except Interrupted:
@@ -309,7 +308,7 @@ class Session:
             try:
                 self._lot.check()
                 self._catch_up(last)
-                with self._discarding():
+                with self._lot.discarding(self._is_before_update):
                     for name, call in self._guarded if from_the_first else self._guarded[-1:]:
                         self._doing = name
                         call()
@@ -321,20 +320,8 @@ class Session:
                 from_the_first = True
                 self._execute()
 
-    @contextmanager
-    def _discarding(self) -> Iterator[None]:
-        """Once the job stops, operations may end with void contents, which the framework may choke on. Then it stands
-        here as it would before its next operation: what it did is discarded anyway, and what is wrong without a
-        failure too will be wrong again."""
-        try:
-            yield
-        except FlashRecoveryError:
-            raise
-        except Exception as error:
-            if not self._lot.stopping or self._progress.update is not Update.BEFORE:
-                raise
-            print(f"flashrecovery: given up while the job stops: {type(error).__name__}: {error}", flush=True)
-            self._lot.check()
+    def _is_before_update(self) -> bool:
+        return self._progress.update is Update.BEFORE
 
     def _catch_up(self, step: Step) -> None:
         """After the loop: a recovery may have gone back behind its last step."""

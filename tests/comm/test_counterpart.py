@@ -31,7 +31,6 @@ OPERATIONS: dict[str, Callable[[], Any]] = {
     "broadcast": lambda: dist.broadcast(given(0), 1),
     "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(torch.empty(8), given(0)),
     "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(torch.empty(2), given(0)),
-    "barrier": lambda: dist.barrier(),
     "recv": lambda: dist.recv(torch.empty(3, 5), 1),
     "batch": lambda: dist.batch_isend_irecv(
         [dist.P2POp(dist.isend, given(0), 1), dist.P2POp(dist.irecv, torch.empty(4), 1)]
@@ -85,6 +84,21 @@ def test_a_counterpart_ends_the_operation_and_is_counted_like_it(run_ranks, oper
     first, second = run_ranks(SIZE, one_stands_elsewhere, operation)
     assert first == second
     assert first[1] == float((given(0) + given(1)).sum()), "the group goes on as if nothing had happened"
+
+
+def forms_of_what_has_consequences(rank: int, size: int, store: Any) -> tuple[bytes, ...]:
+    registry = registry_of(rank, size, store)
+    dist.init_process_group("gloo")
+    (key,) = registry.groups
+    dist.barrier()
+    dist.broadcast_object_list([None] if rank else ["a path"], 0)
+    return registry.counts()[key].recent
+
+
+def test_barriers_and_objects_have_no_counterpart(run_ranks):
+    """Who leaves a barrier may believe that a checkpoint is written. The size of an object is a number like others."""
+    for barrier, size, content in run_ranks(2, forms_of_what_has_consequences):
+        assert (barrier, bool(size), content) == (b"", True, b"")
 
 
 def severed_while_it_matches(rank: int, size: int, store: Any) -> str | None:

@@ -106,6 +106,31 @@ def test_a_thread_that_matches_others_stands_afterwards_where_it_stood() -> None
     assert not parked.done()
 
 
+def choke(lot: Lot, is_before_update: bool) -> None:
+    with lot.discarding(lambda: is_before_update):
+        raise ValueError("cannot convert float NaN to integer")
+
+
+def test_what_chokes_on_void_contents_while_the_job_stops_stands_until_it_is_discarded() -> None:
+    lot = Lot()
+    lot.stop()
+    choking = in_background(lambda: choke(lot, is_before_update=True))
+    assert lot.stood.acquire(timeout=5)
+    assert lot.stand == Stand(Standing.PARKED, None)
+    lot.execute(PLAN)
+    with pytest.raises(Interrupted):
+        choking.result(5)
+
+
+@pytest.mark.parametrize(("stops", "is_before_update"), [(False, True), (True, False)])
+def test_what_fails_for_another_reason_is_raised(stops: bool, is_before_update: bool) -> None:
+    lot = Lot()
+    if stops:
+        lot.stop()
+    with pytest.raises(ValueError, match="NaN"):
+        choke(lot, is_before_update)
+
+
 def test_a_result_of_another_operation_is_never_taken() -> None:
     lot = Lot()
     lot.stop()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
+import torch
 import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, sever_together
+from megatron_flashrecovery.comm.counterpart import device_of
 from megatron_flashrecovery.comm.gloo_communicator import GlooTransport
 from megatron_flashrecovery.comm.handle import FlashGroup
 from megatron_flashrecovery.comm.install import GroupRequest, Installation
@@ -114,14 +117,15 @@ class GroupRegistry:
         by_group: dict[GroupKey, list[Match]] = {}
         for match in matches:
             by_group.setdefault(match.group, []).append(match)
-        # All are issued before any is waited for: the peers of one may come only after those of another.
-        under_way = [
-            (self._groups[key], work)
-            for key, some in by_group.items()
-            for work in self._groups[key].issue_counterparts(some)
-        ]
-        for group, work in under_way:
-            group.finish_counterpart(work)
+        with _stream_beside(matches):
+            # All are issued before any is waited for: the peers of one may come only after those of another.
+            under_way = [
+                (self._groups[key], work)
+                for key, some in by_group.items()
+                for work in self._groups[key].issue_counterparts(some)
+            ]
+            for group, work in under_way:
+                group.finish_counterpart(work)
 
     def settle(self) -> None:
         """Block until what ``sever`` began is done. Call it before reporting: on NCCL nobody may free a communicator
@@ -241,6 +245,13 @@ class GroupRegistry:
 
     def _store_of(self, group: FlashGroup) -> Store:
         return PrefixStore(f"{self._epoch}/{group.identity.key}", self._store)
+
+
+def _stream_beside(matches: Sequence[Match]) -> AbstractContextManager[object]:
+    """A device's current stream may wait for operations that others match only now, and they for ours."""
+    if any(device_of([match]) == "cuda" for match in matches):
+        return torch.cuda.stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+    return nullcontext()
 
 
 def group_key(description: str, ranks: tuple[Rank, ...], number: int) -> GroupKey:

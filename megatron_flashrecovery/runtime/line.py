@@ -143,6 +143,9 @@ class Line:
         assert isinstance(message, core.Park | core.Drain | core.ExecutePlan | core.Resume | core.Release), message
         with self._saying:
             action = self._member.receive(message)
+            if isinstance(action, StandStill | GetOutOfTheWay):
+                # Whoever is stuck where it was has to say so again: what was said before the order counts no more.
+                self._last_said = None
             if isinstance(action, StandStill):
                 # Before anything is said in the new epoch: from here on the main thread cannot start an operation.
                 self._lot.stop()

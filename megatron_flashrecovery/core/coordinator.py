@@ -268,8 +268,7 @@ def _must_wait(phase: Draining, now: float) -> bool:
 
 
 def _decide_round(job: Job, phase: Draining, now: float) -> list[Command]:
-    past = Past(phase.severed, phase.answered, phase.missing, job.matched, job.void)
-    sharded = bool(job.seats.sharded)
+    past, sharded = Past(phase.severed, phase.answered, phase.missing, job.matched, job.void), bool(job.seats.sharded)
     decision = decide_drain(phase.census, sharded, past, is_patient=True)
     if isinstance(decision, Wait) and decision.groups and decision == phase.waiting and now >= phase.patient_until:
         decision = decide_drain(phase.census, sharded, past, is_patient=False)

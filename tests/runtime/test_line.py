@@ -1,0 +1,65 @@
+"""What a rank says while its main thread is stuck inside an operation."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_flashrecovery.comm.channel import Channel, channel_pair
+from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, WorkerId
+from megatron_flashrecovery.core.messages import Park, Spot, Standing
+from megatron_flashrecovery.runtime.dialogue import Seat, Stood, dialogue_codec
+from megatron_flashrecovery.runtime.line import Line
+from megatron_flashrecovery.runtime.parking_lot import ParkingLot
+from megatron_flashrecovery.runtime.progress import Progress
+
+SPOT = Spot(GroupKey("dp"), "allreduce", 3)
+
+
+class BlockedRegistry:
+    """The main thread is inside one operation all the time."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def standing(self) -> tuple[Spot, float]:
+        return SPOT, self._since
+
+    def counts(self) -> dict[GroupKey, object]:
+        return {}
+
+    def groups_with(self, ranks: object) -> list[GroupKey]:
+        return []
+
+    def sever(self, keys: object, reason: str, epoch: Epoch | None = None) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel]:
+    monkeypatch.setattr(os, "_exit", lambda code: None)  # a worker whose agent is gone ends; here only its thread does
+    codec = dialogue_codec()
+    ours, theirs = channel_pair(codec)
+    seat = Seat(Rank(1), WorkerId("1"), NodeId("a"), Epoch(0), False, b"", 2, 2, "", 0, "", "", False, (), {})
+    lot = ParkingLot(5.0, lambda: None, lambda matches: None)
+    line = Line(seat, Channel(theirs, codec), lot, BlockedRegistry(), Progress())  # type: ignore[arg-type]
+    line._member.ready()
+    line.start()
+    yield ours
+    ours.close()
+    line._thread.join(5.0)
+    assert not line._thread.is_alive()
+
+
+def test_a_rank_that_is_blocked_where_it_was_says_so_again_in_a_newer_epoch(agent: Channel) -> None:
+    for epoch in (1, 2):
+        agent.send(Park(Epoch(epoch), OrderNumber(epoch), (Rank(0),)))
+        said, _ = agent.receive(5.0)
+        assert isinstance(said, Stood)
+        assert (said.epoch, said.number, said.report.standing) == (epoch, epoch, Standing.BLOCKED)

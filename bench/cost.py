@@ -135,7 +135,7 @@ class Player:
         done, before = self._launched.steps_done(), self._cpu()
         began = time.monotonic()
         self.go_on()
-        self._launched.wait_for(lambda: self._launched.steps_done() > done, "the next step", _STEP_TIMEOUT)
+        self._launched.wait_for_step(done + 1, _STEP_TIMEOUT)
         self.stop()
         return Turn(time.monotonic() - began, self._cpu() - before)
 
@@ -159,7 +159,7 @@ class Player:
 def _taking_turns(*jobs: Launched) -> Iterator[list[Player]]:
     """Once all have completed a step they stand still. At the end they are let go: whoever is stopped cannot end."""
     for job in jobs:
-        job.wait_for(lambda job=job: job.steps_done() > 0, "the first step", _START_TIMEOUT)  # type: ignore[misc]
+        job.wait_for_step(1, _START_TIMEOUT)
     players = [Player(job) for job in jobs]
     try:
         yield players

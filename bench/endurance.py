@@ -128,12 +128,11 @@ def observe(trial: Trial) -> Observed:
     """Run it to its end. Raises ``RuntimeError`` if anything but the given losses happened in it."""
     observed = Observed()
     with tempfile.TemporaryDirectory() as directory, with_recovery(trial.job(), Path(directory)) as launched:
-        launched.wait_for(lambda: launched.steps_done() > 0, "the first step", _START_TIMEOUT)
+        launched.wait_for_step(1, _START_TIMEOUT)
         processes = _never_replaced(launched)
         for number in range(1, trial.recoveries + 1):
             window = trial.sampled_at(number)
-            due = window.start
-            launched.wait_for(lambda due=due: launched.steps_done() >= due, "the next steps", _STEP_TIMEOUT)  # type: ignore[misc]
+            launched.wait_for_step(window.start, _STEP_TIMEOUT)
             taken = {who: _sample(process) for who, process in processes.items()}
             if launched.steps_done() < window.stop:  # else the next loss may be seen in it already
                 observed.numbers.append(number)

@@ -100,6 +100,9 @@ class Launched:
             self._steps += new.count(b"\n")
         return self._steps
 
+    def wait_for_step(self, step: int, timeout: float) -> None:
+        self.wait_for(lambda: self.steps_done() >= step, f"step {step}", timeout)
+
     def wait_for(self, claim: Callable[[], bool], what: str, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while not claim():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_flashrecovery.runtime.fork_server import die_with_parent, run_worker
+from megatron_flashrecovery.runtime.fork_server import die_with_parent, leave_without_teardown, run_worker
 
 if __name__ == "__main__":
     die_with_parent()
+    leave_without_teardown()
     if os.getppid() != int(sys.argv[2]):
         sys.exit(0)  # the launcher was gone before the kernel knew of our wish
     os.setpgid(0, 0)

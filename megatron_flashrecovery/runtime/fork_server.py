@@ -32,6 +32,8 @@ from megatron_flashrecovery.runtime.seat import take_seat
 
 PRELOAD_NAME = "__flashrecovery_preload__"
 _PR_SET_PDEATHSIG = 1
+_exit_code: int | None = None
+"""Of a worker whose script has ended."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def fork_codec() -> Codec:
 
 def main() -> None:
     die_with_parent()
+    leave_without_teardown()
     channel = Channel(socket.socket(fileno=int(sys.argv[1])), fork_codec())
     began = time.monotonic()
     problem = preload(sys.argv[2]) or unsafe_to_fork()
@@ -162,16 +165,38 @@ def _become_worker(worker_socket: int, output: int) -> None:
     os.dup2(output, 2)
     os.close(output)
     _reseed()
-    # What stays frozen at the end is never collected, and extension modules then report their types as leaked.
-    atexit.register(gc.unfreeze)
     run_worker(worker_socket)
 
 
 def run_worker(worker_socket: int) -> None:
     """Be a worker from here on: everything below is the training script, and this process ends as the script ends."""
+    global _exit_code
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    take_seat(Channel(socket.socket(fileno=worker_socket), dialogue_codec()))
-    sys.exit(0)
+    try:
+        take_seat(Channel(socket.socket(fileno=worker_socket), dialogue_codec()))
+    except SystemExit as end:
+        _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except BaseException:
+        _exit_code = 1
+        raise
+    _exit_code = 0
+
+
+def leave_without_teardown() -> None:
+    """A worker ends when its threads and the exit handlers of its script have: to free what it holds, object by object,
+    would copy every page that it shares with the fork server, and takes eight workers on two cores some seconds.
+
+    Call it before anybody registers an exit handler: the first one to be registered is the last one to run.
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if _exit_code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_code & 0xFF)
 
 
 def _reap(channel: Channel, workers: set[int]) -> None:

@@ -11,9 +11,23 @@ from pathlib import Path
 import pytest
 
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, WorkerId
+from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.fork_server import has_main_guard, preload
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
 
+ENDING = """
+import atexit, sys, threading, time
+
+def later():
+    time.sleep(0.2)
+    print("thread", end=" ")
+
+if __name__ == "__main__":
+    atexit.register(lambda: print("handler", end=" "))
+    threading.Thread(target=later).start()
+    exec(sys.argv[1])
+"""
 GUARDED = 'import sys\nif __name__ == "__main__":\n    print("never run here")\n'
 
 
@@ -40,7 +54,7 @@ def test_an_unguarded_script_is_never_run_by_preloading(tmp_path: Path) -> None:
 @pytest.fixture(params=[True, False], ids=["forked", "cold"])
 def workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]:
     script = tmp_path / "script.py"
-    script.write_text(GUARDED)
+    script.write_text(ENDING)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pool = Workers(str(script), tmp_path / "logs", environment, preload=request.param)
     pool.wait_for_server(30.0)
@@ -73,6 +87,24 @@ def test_a_killed_worker_is_noticed_with_its_cause(workers: Workers) -> None:
     assert end.worker is worker
     assert end.cause == "killed by SIGKILL"
     assert workers.living == []
+
+
+@pytest.mark.parametrize(
+    ("ending", "exit_code"),
+    [("pass", 0), ("sys.exit(3)", 3), ("sys.exit()", 0), ("sys.exit('in words')", 1), ("raise KeyError('no')", 1)],
+)
+def test_a_script_ends_as_it_would_by_itself(workers: Workers, tmp_path: Path, ending: str, exit_code: int) -> None:
+    worker = workers.start("w.log")
+    script = str(tmp_path / "script.py")
+    seat = Seat(
+        Rank(0), WorkerId("0"), NodeId("a"), Epoch(0), False, b"", 1, 1, "", 0, "", script, False, (ending,), {}
+    )
+    worker.channel.send(seat)
+    assert wait_for_end(workers).exit_code == exit_code
+    said = worker.log.read_text()
+    assert said.endswith("thread handler ")
+    assert ("in words" in said) == ("words" in ending)
+    assert ("KeyError" in said) == ("KeyError" in ending)
 
 
 def test_a_spare_whose_agent_goes_away_ends_by_itself(workers: Workers) -> None:

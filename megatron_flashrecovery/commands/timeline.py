@@ -57,6 +57,12 @@ def _plan(body: Mapping[str, Any]) -> str:
     return f"on {body['node']}: resume at step {body['resume_step']}, {told}"
 
 
+def _groups(body: Mapping[str, Any]) -> str:
+    reasons = [f"{group} ({reason})" for group, reason in list(body["rebuild"].items())[:_SHOWN]]
+    more = len(body["rebuild"]) - len(reasons)
+    return f"{body['kept']} kept; rebuilt: " + "; ".join(reasons) + (f"; and {more} more" if more > 0 else "")
+
+
 def _share(share: Mapping[str, Any]) -> str:
     giver = f" of rank {share['giver']}" if share["giver"] is not None else ""
     return f"rank {share['rank']} from {share['source']}{giver}, {len(share['rebuild'])} groups rebuilt"
@@ -67,6 +73,7 @@ _TELLERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "RanksStood": _reports,
     "Drain": _drain,
     "ExecutePlan": _plan,
+    "GroupsPlanned": _groups,
 }
 
 

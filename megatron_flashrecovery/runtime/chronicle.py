@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
 from megatron_flashrecovery.core import messages as core
-from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
 from megatron_flashrecovery.core.job import Job
+from megatron_flashrecovery.core.phases import Executing
 from megatron_flashrecovery.core.recovery import Recovery
 from megatron_flashrecovery.core.waiting import whom_for
 from megatron_flashrecovery.runtime import node_messages
@@ -92,6 +93,10 @@ class Chronicle:
                 self._say("every rank is at its first step and has its second copy: training begins")
             self._phase = phase
             self._journal.write("phase", _PhaseEntered(phase), time=time.time(), now=now, epoch=job.epoch)
+        if isinstance(job.phase, Executing) and any(isinstance(command, core.ExecutePlan) for command in commands):
+            plan = job.phase.plan
+            planned = GroupsPlanned(plan.resume_step, plan.rebuild, plan.kept)
+            self._journal.write("note", planned, time=time.time(), now=now, epoch=job.epoch)
 
     def remind(self, job: Job, now: float) -> None:
         """Called again and again: silence of more than two seconds needs an explanation."""
@@ -201,6 +206,15 @@ class Chronicle:
     def _say(self, line: str) -> None:
         with suppress(OSError):  # whoever listened has gone
             print(f"flashrecovery: {line}", file=self._out, flush=True)
+
+
+@dataclass(frozen=True)
+class GroupsPlanned:
+    """Which groups the plan of this epoch rebuilds, each with the reason; the commands beside it name them only."""
+
+    resume_step: Step
+    rebuild: Mapping[GroupKey, str]
+    kept: int
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Protocol
 import pytest
 
 from megatron_flashrecovery.runtime.launch_config import Injection
+from megatron_flashrecovery.runtime.summary import RecoveryRecord
 from tests.processes.launcher import Job, Outcome, run
 
 Undisturbed = Callable[[Job], Outcome]
@@ -48,6 +49,20 @@ def assert_equal(undisturbed: Undisturbed) -> Equal:
         assert lost == sorted([*(_rank(spec) for spec in job.injections), *also_lost])
 
     return check
+
+
+def assert_only_what_is_broken_is_rebuilt(outcome: Outcome, recovery: RecoveryRecord, at: str) -> None:
+    """The groups of the lost rank; and others only if it was lost in the middle of a step, each with a reason."""
+    (lost,) = recovery.lost_ranks
+    rebuilt, of_lost = outcome.rebuilt(recovery.epoch), outcome.groups_of(lost)
+    assert of_lost
+    assert of_lost <= rebuilt.keys()
+    others = {key: why for key, why in rebuilt.items() if key not in of_lost}
+    if at == "between":
+        assert not others
+    assert all(why and "was lost" not in why for why in others.values()), others
+    assert recovery.groups.rebuilt == len(rebuilt)
+    assert recovery.groups.rebuilt + recovery.groups.kept == len(outcome.groups())
 
 
 def _rank(spec: str) -> int:

@@ -64,6 +64,21 @@ class Outcome:
     def journal(self, name: str) -> list[Line]:
         return [line for line in read_journal(self.log_dir / "journal.jsonl") if line.name == name]
 
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """The members of every group of the job."""
+        lines = self.journal("SeatsDescribed")
+        return {key: tuple(members) for line in lines for key, members in line.body["groups"].items()}
+
+    def groups_of(self, rank: int) -> set[str]:
+        return {key for key, members in self.groups().items() if rank in members}
+
+    def rebuilt(self, epoch: int) -> dict[str, str]:
+        """The groups that were rebuilt in ``epoch``, each with the reason, by what the journal names."""
+        (planned,) = [line.body for line in self.journal("GroupsPlanned") if line.epoch == epoch]
+        shares = [share for line in self.journal("ExecutePlan") if line.epoch == epoch for share in line.body["shares"]]
+        assert {key for share in shares for key in share["rebuild"]} == planned["rebuild"].keys()
+        return dict(planned["rebuild"])
+
     def results(self) -> list[tuple[int, str | None, str | None]]:
         """What must be equal bit for bit: losses and norms, and the final state under ``state``."""
         return [(line.step, line.loss_hex, line.grad_norm_hex) for line in self.steps]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.conftest import Equal
+from tests.processes.conftest import Equal, assert_only_what_is_broken_is_rebuilt
 from tests.processes.launcher import Job, Outcome, Running, run, started
 
 SHARDED: tuple[str, ...] = ()
@@ -41,7 +41,8 @@ def test_a_kill_between_steps_rebuilds_exactly_the_groups_of_the_lost_rank(
     job = Job(arguments=optimizer, injections=(kill(rank, 5, "between"),))
     outcome = run(job, tmp_path / "run")
     assert_equal(job, outcome)
-    assert rebuilt(outcome) == {key for key, members in groups(outcome).items() if rank in members}
+    (recovery,) = outcome.recoveries
+    assert_only_what_is_broken_is_rebuilt(outcome, recovery, "between")
 
 
 @pytest.mark.parametrize("at", MOMENTS)
@@ -49,23 +50,8 @@ def test_every_other_group_that_is_rebuilt_has_a_reason(tmp_path: Path, assert_e
     job = Job(injections=(kill(2, 5, at),))
     outcome = run(job, tmp_path / "run")
     assert_equal(job, outcome)
-    of_lost = {key for key, members in groups(outcome).items() if 2 in members}
-    assert rebuilt(outcome) >= of_lost
-    severed = {key: why for line in outcome.journal("Drain") for key, why in line.body["sever"].items()}
-    assert all(severed.get(key) for key in rebuilt(outcome) - of_lost)
-
-
-def groups(outcome: Outcome) -> dict[str, tuple[int, ...]]:
-    return {
-        key: tuple(members)
-        for line in outcome.journal("SeatsDescribed")
-        for key, members in line.body["groups"].items()
-    }
-
-
-def rebuilt(outcome: Outcome) -> set[str]:
-    plans = outcome.journal("ExecutePlan")
-    return {key for line in plans for share in line.body["shares"] for key in share["rebuild"]}
+    (recovery,) = outcome.recoveries
+    assert_only_what_is_broken_is_rebuilt(outcome, recovery, at)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -61,6 +61,7 @@ class GroupRegistry:
         self._groups: dict[GroupKey, FlashGroup] = {}
         self._same_ranks: Counter[tuple[Rank, ...]] = Counter()
         self._whereabouts = Whereabouts()
+        self._rest_of_start: dict[GroupKey, Replay] = {}
         self._installation = Installation(self)
 
     def install(self) -> None:
@@ -156,9 +157,13 @@ class GroupRegistry:
             self._connect(group)
 
     def go_live(self, epoch: Epoch) -> None:
-        """A replacement takes its seat: every group gets its communicator, and records are replayed no longer."""
+        """A replacement takes its seat: every group gets its communicator, and operations go to it.
+
+        See ``rehearse`` for what is left of its start.
+        """
         self._epoch = epoch
         self._record = None
+        self._rest_of_start = {key: group.replay for key, group in self._alive().items() if group.replay is not None}
         for group in self._alive().values():
             group.replay = None
             if c10d._world.pg_map.get(group) is not None:
@@ -171,6 +176,12 @@ class GroupRegistry:
         for group in self._alive().values():
             self._connect(group)
 
+    def rehearse(self, on: bool) -> None:
+        """While on, operations are answered from the rest of the record, as before ``go_live``: the replacement has its
+        communicators, and its framework still does what the others have done long ago."""
+        for key, group in self._alive().items():
+            group.replay = self._rest_of_start.get(key) if on else None
+
     def reset_counts(self, keys: Iterable[GroupKey] | None = None) -> None:
         for key in list(self._groups) if keys is None else keys:
             self._groups[key].ledger.reset()
@@ -181,6 +192,18 @@ class GroupRegistry:
             return self._joined_with
         answers = {key: group.recorder.answers() for key, group in self._groups.items() if group.recorder is not None}
         return StartupRecord.of(self._start_epoch, answers)
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Operations in here are no part of the start: a replacement does not issue them."""
+        recorders = {group: group.recorder for group in self._groups.values()}
+        for group in recorders:
+            group.recorder = None
+        try:
+            yield
+        finally:
+            for group, recorder in recorders.items():
+                group.recorder = recorder
 
     def stop_recording(self) -> None:
         """At the first protected step. Take ``startup_record`` before: what was recorded is dropped."""

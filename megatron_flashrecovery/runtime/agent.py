@@ -11,6 +11,7 @@ import queue
 import select
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -20,8 +21,9 @@ from megatron_flashrecovery.comm.channel import ChannelClosed
 from megatron_flashrecovery.comm.codec import UnknownMessage
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.errors import ConfigError, FlashRecoveryError
-from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, WorkerId
+from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.runtime import dialogue, node_messages
+from megatron_flashrecovery.runtime.injector import injection_orders
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.relay import merged, narrowed
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
@@ -59,6 +61,7 @@ class Agent:
         self._spares: list[Worker] = []
         self._incarnations: dict[Rank, int] = dict.fromkeys(self.ranks, 0)
         self._startup: dict[Rank, bytes] = {}
+        self._reported: dict[Rank, dict[str, Step]] = defaultdict(dict)
         self._described: dict[Rank, dialogue.Described] = {}
         self._announced: dict[WorkerId, float] = {}
         self._fenced: dict[WorkerId, str] = {}
@@ -152,6 +155,7 @@ class Agent:
         self._end_seated(self.ranks)
         self._vault.close()
         self._startup.clear()
+        self._reported.clear()
         self._described.clear()
         self._ended_well.clear()
         self._leaving.clear()
@@ -185,19 +189,11 @@ class Agent:
             module=config.module,
             script_args=config.script_args,
             environment={**self._environment, **torchrun_environment(config, rank, self._store, self._attempt)},
-            injections=self._injections(rank),
+            injections=injection_orders(config.injections, rank, self._fired),
             drain_timeout=config.deadlines.drain_timeout,
             execute_timeout=config.deadlines.execute_timeout,
             join_timeout=config.deadlines.join_timeout,
-        )
-
-    def _injections(self, rank: Rank) -> tuple[dialogue.InjectionOrder, ...]:
-        """Those of this rank that have not fired. Of several for the same moment a worker does only the first: the
-        next one is for its replacement."""
-        return tuple(
-            dialogue.InjectionOrder(index, injection.fault.value, injection.step, injection.at.value)
-            for index, injection in enumerate(self._config.injections)
-            if injection.rank == rank and index not in self._fired
+            reported=self._reported[rank],
         )
 
     def _to_all(self, order: object) -> None:
@@ -260,6 +256,8 @@ class Agent:
                 told.append(node_messages.FirstStepNoted(rank, epoch, step, time.time()))
             case dialogue.CheckpointDone(step=step):
                 told.append(core.CheckpointWritten(step))
+            case dialogue.Reported(name=name, step=step):
+                self._reported[rank][name] = step
             case dialogue.InjectionFired(index=index, time=announced):
                 self._fired.add(index)
                 self._announced[worker.id] = announced

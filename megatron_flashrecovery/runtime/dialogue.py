@@ -7,7 +7,7 @@ rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from megatron_flashrecovery.comm.codec import Codec
@@ -93,6 +93,14 @@ class CheckpointDone:
 
 
 @dataclass(frozen=True)
+class Reported:
+    """The framework's own report ``name`` of ``step`` is out: a replacement of this rank does not write it again."""
+
+    name: str
+    step: Step
+
+
+@dataclass(frozen=True)
 class Finished:
     epoch: Epoch
     steps: int
@@ -141,6 +149,7 @@ class Seat:
     drain_timeout: float = 30.0
     execute_timeout: float = 60.0
     join_timeout: float = 600.0
+    reported: Mapping[str, Step] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,7 @@ FromWorker: TypeAlias = (
     | StepDone
     | Resumed
     | CheckpointDone
+    | Reported
     | Finished
     | InjectionFired
 )
@@ -173,7 +183,7 @@ def dialogue_codec() -> Codec:
     return Codec(
         (
             *(MemoryNeeded, Described, Ready, Stood, Executed, Failed, StepDone, Resumed),
-            *(CheckpointDone, Finished, InjectionFired),
+            *(CheckpointDone, Reported, Finished, InjectionFired),
             *(Seat, MemoryGranted, Park, Drain, ExecutePlan, Resume, Release),
         )
     )

@@ -28,12 +28,13 @@ class StepRecord:
     """What a step reports. ``loss`` is reduced over data-parallel peers; both are exact (hex) in ``steps.jsonl``.
 
     Only the reporting rank has one; it is part of the state of its step, so that a step is never left out of the
-    record.
+    record. ``details`` is what else the framework's loop is given by a step, in whatever form the adapter likes.
     """
 
     loss: float | None
     grad_norm: float | None
     skipped: bool = False
+    details: Value = None
 
 
 class Framework(Protocol):

@@ -6,11 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from megatron_flashrecovery.comm.channel import Channel
-from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
 from megatron_flashrecovery.runtime.framework import Moment
+from megatron_flashrecovery.runtime.launch_config import Injection
 
 
 class Injector:
@@ -35,3 +37,15 @@ class Injector:
         self._orders.remove(order)
         self._channel.send(InjectionFired(order.index, time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def injection_orders(
+    injections: Sequence[Injection], rank: Rank, fired: AbstractSet[int]
+) -> tuple[InjectionOrder, ...]:
+    """Those of this rank that have not fired. Of several for the same moment a worker does only the first: the next one
+    is for its replacement."""
+    return tuple(
+        InjectionOrder(index, injection.fault.value, injection.step, injection.at.value)
+        for index, injection in enumerate(injections)
+        if injection.rank == rank and index not in fired
+    )

@@ -17,7 +17,7 @@ import msgspec
 
 from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed, Verdict
 from megatron_flashrecovery.core.errors import FlashRecoveryError
-from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.core.ids import GroupKey, Rank, Step
 from megatron_flashrecovery.core.messages import ExecutePlan, Match, Spot, Standing, Told
 
 _PROCEED = Proceed()
@@ -67,6 +67,7 @@ class ParkingLot:
         self._stopped_since = 0.0
         self._told: list[Told] = []
         self._telling: Step | None = None
+        self._foretold: deque[tuple[GroupKey, str, bytes]] = deque()
 
     # --- the session's thread -----------------------------------------------------------------------------------------
 
@@ -138,7 +139,13 @@ class ParkingLot:
         """This rank finishes its update while the job is stopped, with results that others have."""
         return self._answering
 
+    def foretell(self, group: GroupKey, operation: str, results: Sequence[bytes]) -> None:
+        """Until the step is over: the next operations of that name on that group have these results."""
+        self._foretold = deque((group, operation, result) for result in results)
+
     def before(self, spot: Spot) -> Verdict:
+        if self._foretold and (spot.group, spot.operation) == self._foretold[0][:2]:
+            return Answer([self._foretold.popleft()[2]])
         if not self._stopping or self._executing:
             return _PROCEED
         if self._answers:
@@ -166,6 +173,7 @@ class ParkingLot:
     def end_telling(self) -> None:
         """That step is over, or given up."""
         self._telling = None
+        self._foretold.clear()
 
     def blocked_by(self, rank: Rank) -> None:
         """The agent of that rank's node sees its death first."""

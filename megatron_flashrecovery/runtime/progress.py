@@ -47,16 +47,16 @@ def with_record(values: Mapping[str, Value], record: StepRecord | None) -> dict[
     """The report of a step travels as one of its small pieces."""
     if record is None:
         return dict(values)
-    return {**values, _RECORD: [record.loss, record.grad_norm, record.skipped]}
+    return {**values, _RECORD: [record.loss, record.grad_norm, record.skipped, record.details]}
 
 
 def split_record(values: Mapping[str, Value]) -> tuple[dict[str, Value], StepRecord | None]:
     """Undo ``with_record``."""
     rest = {name: value for name, value in values.items() if name != _RECORD}
     match values.get(_RECORD):
-        case [loss, grad_norm, bool(skipped)]:
+        case [loss, grad_norm, bool(skipped), details]:
             assert loss is None or isinstance(loss, float)
             assert grad_norm is None or isinstance(grad_norm, float)
-            return rest, StepRecord(loss, grad_norm, skipped)
+            return rest, StepRecord(loss, grad_norm, skipped, details)
         case _:
             return rest, None

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
 
 from megatron_flashrecovery.comm.channel import Channel
+from megatron_flashrecovery.comm.handle import FlashGroup
 from megatron_flashrecovery.comm.nccl_communicator import contradictions, nccl_environment
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.comm.startup_record import StartupRecord
+from megatron_flashrecovery.comm.tensor_bytes import payload_of
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.framework import Framework, Moment, StepRecord
+from megatron_flashrecovery.runtime.guarded_call import GuardedCall
 from megatron_flashrecovery.runtime.injector import Injector
 from megatron_flashrecovery.runtime.keeper import Keeper
 from megatron_flashrecovery.runtime.line import Line
@@ -66,9 +71,9 @@ class Session:
         self._joining = seat.joining
         self._entered = False
         self._last_step = NO_STEP
-        self._guarded: list[tuple[str, Callable[[], object]]] = []
-        self._doing = "what follows the loop"
-        self._previous_call: Callable[[], StepRecord] | None = None
+        self._inside = False
+        self._call_of: dict[Step, Callable[[], StepRecord]] = {}
+        self._calls_after: dict[Step, list[GuardedCall]] = {}
         self._framework: Framework
         self._ownership: Ownership
         self._keeper: Keeper
@@ -101,6 +106,12 @@ class Session:
         self._registry.install()
         self._line.start()
 
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Around what a replacement leaves out of its start, such as loading a checkpoint."""
+        with self._registry.unrecorded():
+            yield
+
     def attach(self, framework: Framework) -> None:
         """Everything is built: model, optimizer, scheduler, data. Memory for the copies is taken here.
 
@@ -127,47 +138,63 @@ class Session:
                 raise ConfigError(
                     "the job fell back to its checkpoint, but none was loaded: nothing vouches for its state"
                 )
-            self._progress.completed = self._last_step = loaded
+            self._progress.completed = loaded
             if loaded:
                 self.checkpoint_written(loaded)
             return loaded
         self._line.say_ready(b"")
         self._recovery.join()
         self._report_again()
-        self._last_step = self._progress.completed
-        return self._last_step
+        # What the framework still does before its loop is a part of its start, and the others have done it.
+        self._registry.rehearse(True)
+        return self._progress.completed
+
+    @property
+    def has_entered(self) -> bool:
+        """The first protected step has begun: from now on whatever enters a collective needs a guard."""
+        return self._entered
+
+    @property
+    def is_inside(self) -> bool:
+        """Of a step or a guarded call."""
+        return self._inside
 
     def run_step(self, step: Step, call: Callable[[], StepRecord]) -> StepRecord:
-        """Complete step ``step + 1`` by ``call``, which the loop makes when ``step`` steps are complete."""
-        self._enter(step)
+        """Complete step ``step + 1`` by ``call``, which the loop makes when ``step`` steps are complete.
+
+        A loop that reports, evaluates and saves behind a step lets its replacement begin one step early: then nothing
+        is computed here, the record of that step is returned, and the replacement joins the others in what follows it.
+        """
+        self._enter()
         wanted = Step(step + 1)
         began = time.monotonic()
-        while True:
-            try:
-                self._lot.check()
-                with self._lot.discarding(self._is_before_update):
-                    record = self._reach(wanted, call)
-                break
-            except Interrupted:
-                self._execute()
-        self._previous_call = call
+        self._call_of[wanted] = call
+        with self._inside_of_guard():
+            self._do(lambda: self._reach(wanted, again=False), f"step {wanted}", wanted)
+        record = self._progress.records[wanted]
         self._last_step = wanted
-        self._guarded.clear()
+        for old in [each for each in {*self._call_of, *self._calls_after} if each < wanted - 1]:
+            self._call_of.pop(old, None)
+            self._calls_after.pop(old, None)
         self._line.say_step(wanted, record, time.monotonic() - began)
         self.mark(Moment.BETWEEN)
         return record
 
-    def guard(self, name: str, call: Callable[[], T]) -> T:
-        """A call behind the last step that can enter a collective, and that every rank comes to, a replacement too.
+    def guard(self, name: str, call: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """A call between two steps, or behind the last one, that can enter a collective, and that every rank makes.
 
-        A replacement makes all such calls from the first on, so after a recovery everybody does; ``name`` is for
-        people.
+        A recovery goes back to what follows its resume step: there a replacement makes all such calls from the first
+        on, and so does everybody, by ``again`` if that is something else than ``call``. ``name`` is for people.
         """
-        self._enter(self._progress.completed)
-        results: list[T] = []
-        self._guarded.append((name, lambda: results.append(call())))
-        self._make_guarded_calls(from_the_first=False)
-        return results[-1]
+        self._enter()
+        if self._inside:
+            return call()
+        guarded = GuardedCall(name, call, again or call)
+        self._calls_after.setdefault(self._last_step, []).append(guarded)
+        with self._inside_of_guard():
+            self._do(guarded.make, name, self._last_step)
+        result: T = guarded.result
+        return result
 
     def mark(self, moment: Moment) -> None:
         """The framework is at this moment of a step."""
@@ -193,6 +220,12 @@ class Session:
         for group in self._framework.gate_groups():
             self._recovery.meet(group)
 
+    def foretell(self, group: torch.distributed.ProcessGroup, operation: str, results: Sequence[torch.Tensor]) -> None:
+        """The next operations of that name on that group in this step have these results, one after the other: nobody
+        communicates for them. On every member."""
+        assert isinstance(group, FlashGroup), group
+        self._lot.foretell(group.identity.key, operation, [payload_of(result) for result in results])
+
     def before_update(self) -> None:
         """Right before the first write to masters or moments. Raises ``Interrupted`` if an abort has begun: an
         operation that it cut short may have returned without having reduced anything."""
@@ -204,6 +237,15 @@ class Session:
         """The last inner optimizer is done."""
         self._progress.update = Update.APPLIED
 
+    @property
+    def reported(self) -> Mapping[str, Step]:
+        """The newest step of each kind of report that this rank's predecessor had written."""
+        return self._seat.reported
+
+    def note_reported(self, name: str, step: Step) -> None:
+        """The framework's own report ``name`` of this step is written: a replacement does not write it again."""
+        self._channel.send(dialogue.Reported(name, step))
+
     def checkpoint_written(self, step: Step) -> None:
         """The framework's own checkpoint of ``step`` is complete on every rank."""
         if self.rank == 0:
@@ -211,33 +253,33 @@ class Session:
 
     def finish(self, state_sha256: str) -> None:
         """The loop is over. Returns when it is over for everybody: until then this rank may still be needed."""
-        last = self._progress.completed
-        self._enter(last)
-        while True:
-            try:
-                self._line.say_finished(last, state_sha256)
-                self._lot.wait_until_released()
-                break
-            except Interrupted:
-                self._execute()
-                self._make_guarded_calls(from_the_first=True)
+        self._enter()
+        last = self._last_step
+
+        def wait() -> None:
+            self._line.say_finished(last, state_sha256)
+            self._lot.wait_until_released()
+
+        self._calls_after.setdefault(self._last_step, []).append(GuardedCall("the end", wait, wait))
+        with self._inside_of_guard():
+            self._do(wait, "the end", last)
         self._keeper.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _enter(self, step: Step) -> None:
+    def _enter(self) -> None:
         """Before the first protected step, or the end if there is none: the state that training starts from gets its
         second copy."""
         if self._entered:
             return
         self._entered = True
+        step = self._last_step = self._progress.completed
         if self._joining:
-            # Building iterators between the restore and here may have drawn from a generator.
+            self._registry.rehearse(False)
+            # Whatever was built between the restore and here may have drawn from a generator.
             self._framework.restore_values(self._progress.values[step])
             self._joining = False
             return
-        if step != self._progress.completed:
-            raise ConfigError(f"the loop begins at step {step}, but first_step said {self._progress.completed}")
         startup = self._registry.startup_record().to_bytes()
         self._registry.stop_recording()
         self._complete(step, StepRecord(None, None))
@@ -274,16 +316,47 @@ class Session:
             )
         )
 
-    def _reach(self, wanted: Step, call: Callable[[], StepRecord]) -> StepRecord:
-        while self._progress.completed < wanted:
-            due = Step(self._progress.completed + 1)
-            self._compute(due, call if due == wanted else self._call_before())
-        return self._progress.records[wanted]
+    @contextmanager
+    def _inside_of_guard(self) -> Iterator[None]:
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
 
-    def _compute(self, due: Step, call: Callable[[], StepRecord]) -> None:
+    def _do(self, call: Callable[[], object], name: str, upto: Step) -> None:
+        """Make the call, and if a recovery cuts it short, everything from the resume step up to it again."""
+        attempt = call
+        while True:
+            try:
+                self._lot.check()
+                with self._lot.discarding(self._is_before_update):
+                    attempt()
+                # What an operation has brought since the order to stop may be void, and must not leave the call.
+                self._lot.check()
+                return
+            except Interrupted:
+                self._execute()
+                if self._progress.completed < upto or attempt is not call:
+                    print(f"flashrecovery: goes on from step {self._progress.completed}, in {name}", flush=True)
+                attempt = partial(self._reach, upto, again=True)
+
+    def _reach(self, wanted: Step, again: bool) -> None:
+        """Complete ``wanted``; after a recovery also make what follows each step on the way, as a replacement does."""
+        while True:
+            completed = self._progress.completed
+            if again:
+                for guarded in self._calls_after.get(completed, ()):
+                    guarded.repeat()
+            if completed >= wanted:
+                return
+            self._compute(Step(completed + 1))
+
+    def _compute(self, due: Step) -> None:
+        assert due in self._call_of, f"step {due} was not computed here, so it cannot be computed again"
         self._progress.update = Update.BEFORE
         self._lot.end_telling()
-        record = call()
+        record = self._call_of[due]()
         self._lot.end_telling()
         self._complete(due, record)
         self._line.say_first_step(due)
@@ -302,35 +375,8 @@ class Session:
         if not self._keeper.has_acknowledged(due):
             self._keeper.capture(due, with_record(self._framework.values(), None))
 
-    def _make_guarded_calls(self, from_the_first: bool) -> None:
-        last = Step(self._last_step)
-        while True:
-            try:
-                self._lot.check()
-                self._catch_up(last)
-                with self._lot.discarding(self._is_before_update):
-                    for name, call in self._guarded if from_the_first else self._guarded[-1:]:
-                        self._doing = name
-                        call()
-                # What an operation has brought since the order to stop may be void, and must not leave the call.
-                self._lot.check()
-                return
-            except Interrupted:
-                print(f"flashrecovery: {self._doing} after step {last} was cut short, and begins again", flush=True)
-                from_the_first = True
-                self._execute()
-
     def _is_before_update(self) -> bool:
         return self._progress.update is Update.BEFORE
-
-    def _catch_up(self, step: Step) -> None:
-        """After the loop: a recovery may have gone back behind its last step."""
-        if self._progress.completed < step:
-            self._reach(step, self._call_before())
-
-    def _call_before(self) -> Callable[[], StepRecord]:
-        assert self._previous_call is not None, "nothing was computed here that could be computed again"
-        return self._previous_call
 
     def _execute(self) -> None:
         """Carry plans out until one of them is not overtaken by another loss."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--fail-at-end", action="store_true", help="rank 1 fails when everything is done")
     parser.add_argument("--leave-at", type=int, default=-1, help="exit with 0 before this step")
     parser.add_argument("--only-rank", type=int, help="and only this rank")
+    parser.add_argument("--report", action="store_true", help="two guarded collectives behind every step")
     parser.add_argument("--child", action="store_true", help="every rank starts a process that outlives it")
     args = parser.parse_args()
     session = Session.from_environment()
@@ -39,15 +42,42 @@ def main() -> None:
     session.attach(toy)
     if args.child:
         subprocess.Popen(["sleep", "60"])
-    for step in range(session.first_step(Step(0)), args.steps):
+    was_joining = session.is_joining
+    first = session.first_step(Step(0))
+    early = was_joining and args.report and first > 0  # what follows the resume step is done by everybody
+    for step in range(first - early, args.steps):
         if step == args.leave_at and args.only_rank in (None, session.rank):
             sys.exit(0)
         record = session.run_step(Step(step), lambda: toy.step(session))
         print(f"rank {dist.get_rank()} step {step + 1} loss {record.loss} norm {record.grad_norm}", flush=True)
+        if args.report:
+            report(session, toy, step + 1, was_joining)
     session.finish(toy.sha256())
     dist.destroy_process_group()
     if args.fail_at_end and session.rank == 1:
         sys.exit(1)
+
+
+def report(session: Session, toy: Toy, step: int, is_replacement: bool) -> None:
+    """``TOY_DIES=RANK:STEP:CALL`` in the environment ends a rank in one of the two calls."""
+    doomed = os.environ.get("TOY_DIES", "")
+
+    def die_in(call: int) -> None:
+        if doomed == f"{session.rank}:{step}:{call}" and not is_replacement:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def total() -> float:
+        summed = toy.parameters.double().sum()
+        die_in(0)
+        dist.all_reduce(summed)
+        return float(summed)
+
+    def meet() -> None:
+        dist.barrier()
+        die_in(1)
+
+    print(f"rank {session.rank} total after step {step}: {session.guard('total', total).hex()}", flush=True)
+    session.guard("meet", meet)
 
 
 def _is_first(path: Path | None) -> bool:

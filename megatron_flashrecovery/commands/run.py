@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PURPOSE = "start a training script, and replace the ranks that are lost"
 TOKEN = "FLASHRECOVERY_TOKEN"
 TESTED_TORCH = ("2.13",)
+HOOKS = ("megatron_flashrecovery.adapters.megatron_lm.hooks:install",)
+"""For scripts that are not ours to change. They wait for the framework to be imported, and do nothing without it."""
 
 _LOGS = "the output of rank N is in logs/rankN.log of --log-dir"
 
@@ -116,6 +118,7 @@ def launch_config(arguments: argparse.Namespace, environment: Mapping[str, str])
         log_dir=arguments.log_dir or _default_log_dir(),
         injections=tuple(Injection.parse(spec) for spec in arguments.inject),
         preload=not arguments.no_preload,
+        hooks=HOOKS if "--enable-flash-recovery" in arguments.script_args else (),
         deadlines=Deadlines(**{name: value for name, value in deadlines.items() if value is not None}),
         token=environment.get(TOKEN, ""),
     )

@@ -75,7 +75,9 @@ class Chronicle:
         self._journal.started(JobStarted(job.config, seats), time=time.time(), now=now)
 
     def record(self, event: core.Event, commands: Sequence[core.Command], job: Job, now: float) -> None:
-        """The job has handled ``event``, and this is what it ordered."""
+        """The job has handled ``event``, and this is what it ordered. What comes after the end is not recorded."""
+        if self._closed:
+            return
         with self._records_are_optional():
             self._record(event, commands, job, now)
 
@@ -112,6 +114,8 @@ class Chronicle:
 
     def note(self, message: object) -> None:
         """What only the record needs to know."""
+        if self._closed:
+            return
         with self._records_are_optional():
             self._note(message)
 

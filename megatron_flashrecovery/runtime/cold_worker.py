@@ -1,11 +1,14 @@
-"""Start a worker without a fork server: ``python -m megatron_flashrecovery.runtime.cold_worker FD PID_OF_PARENT``."""
+"""Start a worker without a fork server: ``python -m megatron_flashrecovery.runtime.cold_worker FD PARENT HOOK...``.
+
+PARENT is the process id of the launcher.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from megatron_flashrecovery.runtime.fork_server import die_with_parent, leave_without_teardown, run_worker
+from megatron_flashrecovery.runtime.fork_server import call_hooks, die_with_parent, leave_without_teardown, run_worker
 
 if __name__ == "__main__":
     die_with_parent()
@@ -13,4 +16,5 @@ if __name__ == "__main__":
     if os.getppid() != int(sys.argv[2]):
         sys.exit(0)  # the launcher was gone before the kernel knew of our wish
     os.setpgid(0, 0)
+    call_hooks(sys.argv[3:])
     run_worker(int(sys.argv[1]))

@@ -5,8 +5,8 @@ stands outside ``if __name__ == "__main__"`` is done in advance. It must stay si
 and without a device context, or a fork of it may hang or crash much later: it checks that, and refuses to serve when
 it does not hold.
 
-Started by the agent as ``python -m megatron_flashrecovery.runtime.fork_server FD SCRIPT``; FD is its end of a socket
-pair.
+Started by the agent as ``python -m megatron_flashrecovery.runtime.fork_server FD SCRIPT HOOK...``; FD is its end of a
+socket pair, and each HOOK (``module:function``) is called before the script is loaded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import atexit
 import ctypes
 import gc
 import os
+import pkgutil
 import runpy
 import select
 import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,12 +76,19 @@ def main() -> None:
     leave_without_teardown()
     channel = Channel(socket.socket(fileno=int(sys.argv[1])), fork_codec())
     began = time.monotonic()
-    problem = preload(sys.argv[2]) or unsafe_to_fork()
+    script, hooks = sys.argv[2], sys.argv[3:]
+    call_hooks(hooks)
+    problem = preload(script) or unsafe_to_fork()
     gc.collect()
     gc.freeze()  # the children share what exists now: a collection in them must not copy every page of it
     channel.send(Preloaded(time.monotonic() - began, problem))
     if not problem and (inherited := _serve(channel)):
         _become_worker(*inherited)
+
+
+def call_hooks(hooks: Sequence[str]) -> None:
+    for hook in hooks:
+        pkgutil.resolve_name(hook)()
 
 
 def preload(script: str) -> str:

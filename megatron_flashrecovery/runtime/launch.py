@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -51,10 +51,11 @@ def run(config: LaunchConfig) -> int:
         config.log_dir / "logs",
         _worker_environment(config),
         preload=config.preload and not config.module,
+        hooks=config.hooks,
     )
     try:
-        with _signals_raise(), _controller(config) as address:
-            return _serve(config, workers, address)
+        with _signals_raise(), _controller(config) as (address, stop_controller):
+            return _serve(config, workers, address, stop_controller)
     except Interruption as interruption:
         print(f"flashrecovery: {interruption}: ending {len(workers.living)} workers", file=sys.stderr, flush=True)
         return 128 + interruption.number
@@ -62,7 +63,7 @@ def run(config: LaunchConfig) -> int:
         workers.close(_GRACE)
 
 
-def _serve(config: LaunchConfig, workers: Workers, address: str) -> int:
+def _serve(config: LaunchConfig, workers: Workers, address: str, stop_controller: Callable[[], None]) -> int:
     node = NodeId(f"node{config.node_rank}")
     print(
         f"flashrecovery: {config.nproc_per_node} workers here, records in {config.log_dir}", file=sys.stderr, flush=True
@@ -93,6 +94,7 @@ def _serve(config: LaunchConfig, workers: Workers, address: str) -> int:
         echo.follow()
     finally:
         stop_beating.set()
+        stop_controller()  # before the connection ends, which would look like the loss of this node
         control.close()
         vault.close()
     if dismissal.failure:
@@ -101,10 +103,11 @@ def _serve(config: LaunchConfig, workers: Workers, address: str) -> int:
 
 
 @contextmanager
-def _controller(config: LaunchConfig) -> Iterator[str]:
-    """The address of the controller; on node 0 it runs in a thread of this process for as long as this lasts."""
+def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The address of the controller, and how to stop it; on node 0 it runs in a thread of this process for as long as
+    this lasts."""
     if config.node_rank != 0:
-        yield f"{config.master_addr}:{config.master_port}"
+        yield f"{config.master_addr}:{config.master_port}", lambda: None
         return
     store_port, keep_store = _open_store(config)
     chronicle = Chronicle(config)
@@ -128,11 +131,16 @@ def _controller(config: LaunchConfig) -> Iterator[str]:
     try:
         port = loop.run_until_complete(controller.start(config.master_addr, config.master_port))
         thread.start()
+
+        def stop() -> None:
+            if thread.is_alive():
+                loop.call_soon_threadsafe(controller.stop)
+                thread.join(timeout=_GRACE)
+
         try:
-            yield f"{config.master_addr}:{port}"
+            yield f"{config.master_addr}:{port}", stop
         finally:
-            loop.call_soon_threadsafe(controller.stop)
-            thread.join(timeout=_GRACE)
+            stop()
     finally:
         chronicle.close("the launcher ended")
         if not thread.is_alive():

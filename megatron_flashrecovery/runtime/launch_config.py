@@ -88,7 +88,8 @@ class LaunchConfig:
 
     ``master_port`` 0 lets node 0 choose a free one, which only a job of one node can do. ``max_restarts`` bounds how
     often *all* workers are started again; replacing lost ranks is not bounded. ``preload``: workers are forked from a
-    process that has done the script's imports. ``token`` is empty if the launcher is to draw one.
+    process that has done the script's imports. ``hooks`` (``module:function``) are called in each process before the
+    script is loaded. ``token`` is empty if the launcher is to draw one.
     """
 
     script: str
@@ -105,6 +106,7 @@ class LaunchConfig:
     log_dir: Path = Path("flashrecovery-logs")
     injections: tuple[Injection, ...] = ()
     preload: bool = True
+    hooks: tuple[str, ...] = ()
     deadlines: Deadlines = field(default_factory=Deadlines)
     token: str = field(default="", repr=False)
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -85,8 +85,11 @@ class WorkerEnded:
 class Workers:
     """Starts and ends processes; ``poll`` says which have ended. One thread at a time."""
 
-    def __init__(self, script: str, log_dir: Path, environment: Mapping[str, str], preload: bool) -> None:
+    def __init__(
+        self, script: str, log_dir: Path, environment: Mapping[str, str], preload: bool, hooks: Sequence[str] = ()
+    ) -> None:
         self._script = script
+        self._hooks = tuple(hooks)
         self._log_dir = log_dir
         self._environment = dict(environment)
         self._count = 0
@@ -189,6 +192,7 @@ class Workers:
             "megatron_flashrecovery.runtime.fork_server",
             str(theirs.fileno()),
             self._script,
+            *self._hooks,
         ]
         with self._log("fork_server.log") as log:
             self._server = subprocess.Popen(
@@ -215,7 +219,7 @@ class Workers:
 
     def _start_cold(self, worker: Worker, theirs: socket.socket, output: int) -> None:
         command = [sys.executable, "-m", "megatron_flashrecovery.runtime.cold_worker", str(theirs.fileno())]
-        command.append(str(os.getpid()))
+        command += [str(os.getpid()), *self._hooks]
         worker.process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],

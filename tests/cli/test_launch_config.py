@@ -27,6 +27,7 @@ def test_the_fields_are_these_and_a_new_one_is_a_decision():
         "log_dir",
         "injections",
         "preload",
+        "hooks",
         "deadlines",
         "token",
     ]

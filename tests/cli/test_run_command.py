@@ -133,3 +133,8 @@ def test_only_a_run_imports_torch():
     code = "import sys; from megatron_flashrecovery import cli; cli.main(['plan', '--world-size', '0']); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_hooks_wait_for_the_framework_only_if_the_script_is_given_the_flag():
+    assert config("train.py", "--lr", "1").hooks == ()
+    assert config("train.py", "--enable-flash-recovery").hooks == run.HOOKS

@@ -14,7 +14,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ import torch
 from megatron_flashrecovery.testing.cpu_streams import CpuEvent, CpuStream, current_stream, no_stream_context
 from megatron_flashrecovery.testing.cpu_tensors import on_cpu, patched_tensor_methods, wrapped_factories
 
+_MEMORY = 16 << 30
 _undo: list[Callable[[], None]] = []
 
 
@@ -79,6 +82,17 @@ def _cuda_functions() -> dict[str, object]:
         "memory_allocated": lambda device=None: 0,
         "max_memory_allocated": lambda device=None: 0,
         "memory_reserved": lambda device=None: 0,
+        "max_memory_reserved": lambda device=None: 0,
+        "memory_stats": lambda device=None: defaultdict(int),
+        "mem_get_info": lambda device=None: (_MEMORY, _MEMORY),
+        "reset_peak_memory_stats": lambda device=None: None,
+        "get_device_properties": lambda device=None: SimpleNamespace(
+            name="cpu", major=8, minor=0, multi_processor_count=1, total_memory=_MEMORY
+        ),
+        "get_device_capability": lambda device=None: (8, 0),
+        "get_device_name": lambda device=None: "cpu",
+        "is_current_stream_capturing": lambda: False,
+        "ipc_collect": lambda: None,
     }
 
 

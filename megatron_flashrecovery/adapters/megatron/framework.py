@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.num_microbatches_calculator import (
-    get_micro_batch_size,
-    get_num_microbatches,
-    update_num_microbatches,
-)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_flashrecovery.adapters.megatron.model_state import ModelState
 from megatron_flashrecovery.adapters.megatron.optimizer_state import NormReach, OptimizerState
 from megatron_flashrecovery.adapters.megatron.partial_step import PartialStep
+from megatron_flashrecovery.adapters.megatron.position import Position
 from megatron_flashrecovery.adapters.megatron.random_state import RandomState
-from megatron_flashrecovery.adapters.megatron.replay import ReplayableBatches
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.state.encoding import encode_values
+from megatron_flashrecovery.state.fingerprint import tensors_fingerprint
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
 
 
@@ -37,8 +34,7 @@ class MegatronFramework:
         model: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
-        open_batches: Callable[[int], Iterator[Any]],
-        first_step: Step,
+        position: Position,
     ) -> None:
         _refuse_expert_parallelism()
         self._model = list(model)
@@ -48,9 +44,7 @@ class MegatronFramework:
         self._model_state = ModelState(model, self.sharded)
         self._random = RandomState()
         self.partial_step = PartialStep(model, optimizer)
-        self.batches = ReplayableBatches(open_batches)
-        self._step = first_step
-        self._consumed_samples = first_step * self._samples_per_step()
+        self._position = position
         self._optimizer.materialise()
         self._pieces = [*self._model_state.pieces(), *self._optimizer.pieces()]
 
@@ -59,12 +53,16 @@ class MegatronFramework:
     def begin_step(self) -> Step:
         """The step that is to be computed now, which a recovery may have set back."""
         self.partial_step.begin()
-        self.batches.begin_step(self._step, self._consumed_samples)
-        return self._step
+        self._position.begin_step()
+        return self._position.step
 
     def end_step(self) -> None:
-        self._step = Step(self._step + 1)
-        self._consumed_samples += self._samples_per_step()
+        self._position.end_step()
+
+    def state_sha256(self) -> str:
+        """Of all that the next step depends on, as far as this rank has it."""
+        pieces = [(piece.name, piece.tensor) for piece in self._pieces]
+        return hashlib.sha256(tensors_fingerprint(pieces) + encode_values(self.values())).hexdigest()
 
     # --- Framework ----------------------------------------------------------------------------------------------------
 
@@ -83,19 +81,14 @@ class MegatronFramework:
             "model": self._model_state.capture(),
             "optimizer": self._optimizer.capture(),
             "scheduler": dict(self._scheduler.state_dict()),
-            "step": int(self._step),
-            "consumed_samples": self._consumed_samples,
+            "position": self._position.capture(),
         }
 
     def unique_values(self) -> frozenset[str]:
         return frozenset({"random", "model"})
 
     def restore_values(self, values: Mapping[str, Value]) -> None:
-        step, consumed_samples = values["step"], values["consumed_samples"]
-        assert isinstance(step, int)
-        assert isinstance(consumed_samples, int)
-        self._step, self._consumed_samples = Step(step), consumed_samples
-        update_num_microbatches(consumed_samples, consistency_check=False)
+        self._position.restore(values["position"])
         self._model_state.restore(values["model"])
         self._optimizer.restore(values["optimizer"])
         self._scheduler.num_steps = 0  # load_state_dict adds to what is there
@@ -117,10 +110,11 @@ class MegatronFramework:
             chunk.start_param_sync(force_sync=True)
 
     def rewind_data(self, step: Step) -> None:
-        assert step == self._step, f"the values are those of step {self._step}, and the data shall go to step {step}"
+        here = self._position.step
+        assert step == here, f"the values are those of step {here}, and the data shall go to step {step}"
 
     def keep_data(self, step: Step) -> None:
-        self.batches.forget_before(step)
+        self._position.forget_before(step)
 
     def gate_groups(self) -> Sequence[object]:
         peers, replica = self.agreement_group(), parallel_state.get_model_parallel_group()
@@ -131,11 +125,6 @@ class MegatronFramework:
                 return (peers,)
             case NormReach.NOBODY:
                 return (peers, replica)
-
-    @staticmethod
-    def _samples_per_step() -> int:
-        data_parallel_size = parallel_state.get_data_parallel_world_size()
-        return int(get_num_microbatches() * get_micro_batch_size() * data_parallel_size)
 
 
 def _refuse_expert_parallelism() -> None:

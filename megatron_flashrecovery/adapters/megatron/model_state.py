@@ -102,14 +102,19 @@ def _set_extra_state(module: torch.nn.Module, captured: dict[str, Any]) -> None:
 
 def _bucket_group_memory(group: Any) -> Value:
     """After its first step a bucket group knows how often each gradient becomes ready, and from then on reduces during
-    backward. A replacement that did not know would reduce in another order than its peers."""
+    backward. A replacement that did not know would reduce in another order than its peers. Before megatron-core 0.16
+    there is nothing to know: each gradient becomes ready once."""
+    if not hasattr(group, "is_first_batch"):
+        return None
     # The counts of the first step become the golden ones only when the next step resets the group.
     field = "per_param_grad_ready_counts" if group.is_first_batch else "golden_per_param_grad_ready_counts"
     counts = getattr(group, field)
     return [counts.get(parameter, 0) for parameter in _parameters_of(group)]
 
 
-def _remind_bucket_group(group: Any, memory: list[int]) -> None:
+def _remind_bucket_group(group: Any, memory: list[int] | None) -> None:
+    if memory is None:
+        return
     counts = {parameter: count for parameter, count in zip(_parameters_of(group), memory, strict=True) if count}
     group.golden_per_param_grad_ready_counts = counts
     group.is_first_batch = not counts

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import optimizer as optimizer_module
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
 from megatron_flashrecovery.adapters.megatron.model_state import named_parameters
@@ -51,6 +52,9 @@ class OptimizerState:
                         torch_optimizer.state[parameter].update(_fresh_adam_state(torch_optimizer, group, parameter))
                 if not isinstance(torch_optimizer, torch.optim.Adam):
                     group.setdefault("step", 0)
+        # From megatron-core 0.19 on the first update asks all ranks for these, and keeps the answers.
+        for name in getattr(optimizer_module, "SEPARATE_GRAD_NORM_GROUPS", ()):
+            self._optimizer.has_grad_norm_group(name)
 
     def pieces(self) -> list[TensorPiece]:
         """With the distributed optimizer a master is this rank's shard of the parameter. In fp32 training it is a view

@@ -71,7 +71,8 @@ def _forget_communication(chunk: DistributedDataParallel) -> None:
         group.param_gather_dispatched = False
         group.grad_reduce_handle = None
         # Else the reset that comes next takes what an incomplete first step has counted for complete.
-        group.per_param_grad_ready_counts = {}
+        if hasattr(group, "per_param_grad_ready_counts"):
+            group.per_param_grad_ready_counts = {}
 
 
 def _rerun_machine() -> Any:

@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_flashrecovery.adapters.megatron.framework import MegatronFramework
+from megatron_flashrecovery.adapters.megatron.position import SamplePosition
 from megatron_flashrecovery.adapters.megatron.seams import check_version, install_seams
 from megatron_flashrecovery.adapters.megatron.session_seam import SessionSeam
 from megatron_flashrecovery.core.ids import Step
@@ -73,10 +74,11 @@ class Protection:
         ``open_batches(consumed_samples)`` gives this rank's micro batches from that position of the data on, the same
         ones at every call. Returns the iterator to train from, which can go back, and the step to begin with.
         """
-        self._framework = MegatronFramework(model, optimizer, scheduler, open_batches, Step(first_step))
+        position = SamplePosition(open_batches, Step(first_step))
+        self._framework = MegatronFramework(model, optimizer, scheduler, position)
         install_seams(model, optimizer, self._session, self._framework.partial_step)
         self._session.attach(self._framework)
-        return self._framework.batches, self._session.first_step(Step(first_step))
+        return position.batches, self._session.first_step(Step(first_step))
 
     def run_step(self, step: int, call: Callable[[int], StepReport]) -> StepRecord:
         """Complete step ``step + 1``, with ``call(step)``, however often that takes.

@@ -43,16 +43,17 @@ class ReplayableBatches(Iterator[Any]):
         batch = self._current[self._replayed]
         self._replayed += 1
         # A copy: what the step does to its batch must not be seen by the step that is computed from it again.
-        return _copied(batch)
+        return copied(batch)
 
 
-def _copied(batch: Any) -> Any:
+def copied(batch: Any) -> Any:
+    """A deep copy of the tensors in it."""
     match batch:
         case torch.Tensor():
             return batch.clone()
         case dict():
-            return {name: _copied(value) for name, value in batch.items()}
+            return {name: copied(value) for name, value in batch.items()}
         case list() | tuple():
-            return type(batch)(_copied(value) for value in batch)
+            return type(batch)(copied(value) for value in batch)
         case _:
             return batch

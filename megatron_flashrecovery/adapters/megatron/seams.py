@@ -27,9 +27,6 @@ _BUCKET_GROUP_FIELDS = (
     "param_gather_handle",
     "param_gather_dispatched",
     "grad_reduce_handle",
-    "per_param_grad_ready_counts",
-    "golden_per_param_grad_ready_counts",
-    "is_first_batch",
 )
 
 

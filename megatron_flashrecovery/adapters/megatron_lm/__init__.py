@@ -1,0 +1,1 @@
+"""The adapter for Megatron-LM's own ``pretrain()``: hooks into a checkout that is not changed."""

@@ -1,0 +1,79 @@
+"""The flag, and what it cannot be combined with."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_flashrecovery.core.errors import ConfigError
+
+FLAG = "--enable-flash-recovery"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The way upstream adds its own groups. A patched checkout has it already."""
+    if FLAG not in parser._option_string_actions:
+        group = parser.add_argument_group(title="flash recovery")
+        group.add_argument(
+            FLAG,
+            action="store_true",
+            help="Survive the loss of ranks in the middle of a step; for runs that `flashrecovery run` starts.",
+        )
+    return parser
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """``applies`` is asked of the validated arguments."""
+
+    flags: str
+    reason: str
+    applies: Callable[[Any], bool]
+
+
+def _is_set(name: str) -> Callable[[Any], bool]:
+    return lambda args: bool(getattr(args, name, False))
+
+
+def _refuse(flag: str, reason: str) -> Refusal:
+    return Refusal(flag, reason, _is_set(flag.removeprefix("--").replace("-", "_")))
+
+
+REFUSALS: Sequence[Refusal] = (
+    _refuse("--inprocess-restart", "it restarts all ranks in place for the same failures"),
+    _refuse("--use-torch-fsdp2", "its shards are not known to the mirror"),
+    _refuse("--use-megatron-fsdp", "its shards are not known to the mirror"),
+    _refuse("--optimizer-cpu-offload", "its optimizer state moves between host and device"),
+    _refuse("--tp-comm-overlap", "Transformer Engine's user buffers are communicators that cannot be replaced"),
+    _refuse("--use-nccl-ub", "registered buffers belong to a communicator that is replaced"),
+    _refuse("--use-sharp", "a SHARP tree cannot lose and regain a member"),
+    _refuse("--moe-enable-deepep", "DeepEP's buffers are communicators that cannot be replaced"),
+    _refuse("--enable-cuda-graph", "a captured graph keeps the communicators that it was captured with"),
+    _refuse("--external-cuda-graph", "a captured graph keeps the communicators that it was captured with"),
+    Refusal(
+        "--cuda-graph-impl",
+        "a captured graph keeps the communicators that it was captured with",
+        lambda args: getattr(args, "cuda_graph_impl", "none") not in (None, "none"),
+    ),
+    Refusal(
+        "--distributed-timeout-seconds-after-init",
+        "a rank that waits for a replacement must not time out: leave it away",
+        lambda args: getattr(args, "distributed_timeout_seconds_after_init", None) is not None,
+    ),
+    Refusal(
+        "--dataloader-type external",
+        "nobody but its author can open that loader in the middle, which a replacement needs: use single or cyclic",
+        lambda args: getattr(args, "dataloader_type", None) == "external",
+    ),
+    _refuse("--perform-rl-step", "what rollouts were drawn is not mirrored"),
+    _refuse("--skip-train", "nothing is trained"),
+)
+
+
+def check(args: Any) -> None:
+    """Raises ``ConfigError`` with the first flag that cannot be combined with ours, and the reason."""
+    for refusal in REFUSALS:
+        if refusal.applies(args):
+            raise ConfigError(f"{FLAG} cannot be combined with {refusal.flags}: {refusal.reason}")

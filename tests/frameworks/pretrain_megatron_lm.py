@@ -1,0 +1,44 @@
+"""The ``pretrain_gpt.py`` of the checkout that ``MEGATRON_LM`` names, unmodified, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import typing
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import typing_extensions
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+warnings.filterwarnings("ignore", module="megatron")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+if not torch.cuda.is_available():
+    from megatron_flashrecovery.testing import cpu_device
+
+    cpu_device.install()
+    # Upstream trains only if it counts a device for each rank.
+    torch.cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+if not hasattr(typing, "override"):
+    typing.override = typing_extensions.override  # upstream's newer versions are written for Python 3.12
+
+CHECKOUT = Path(os.environ["MEGATRON_LM"])
+sys.path.insert(0, str(CHECKOUT))
+SCRIPT = str(CHECKOUT / "pretrain_gpt.py")
+
+if not torch.cuda.is_available():
+    from megatron.training import initialize, training
+
+    if hasattr(initialize, "fused_kernels"):
+        initialize.fused_kernels.load = lambda args: None  # they are compiled for a GPU
+    training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
+
+if __name__ == "__main__":
+    runpy.run_path(SCRIPT, run_name="__main__")
+else:
+    # The fork server imports this file once for all workers.
+    runpy.run_path(SCRIPT, run_name=__name__)

@@ -1,0 +1,86 @@
+"""The parts of the adapter for Megatron-LM that can be shown without a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_flashrecovery.adapters.megatron_lm import arguments, results
+from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved, use_newest
+from megatron_flashrecovery.adapters.megatron_lm.tape import Tape
+from megatron_flashrecovery.core.errors import ConfigError
+
+
+def test_a_tape_gives_again_what_it_gave_and_opens_its_source_only_when_it_is_drawn_from() -> None:
+    opened = []
+
+    def open_source() -> Any:
+        opened.append(True)
+        return iter([torch.tensor([number]) for number in range(10)])
+
+    tape = Tape(open_source)
+    assert not opened
+    first = [int(next(tape)) for _ in range(4)]
+    tape.wind_back(1)
+    assert [int(next(tape)) for _ in range(4)] == [*first[1:], 4]
+    assert len(opened) == 1
+
+
+def test_a_tape_keeps_only_what_it_may_be_wound_back_to() -> None:
+    tape = Tape(lambda: iter(range(10)))
+    for _ in range(5):
+        next(tape)
+    tape.forget_before(3)
+    tape.wind_back(3)
+    assert next(tape) == 3
+    with pytest.raises(AssertionError):
+        tape.wind_back(2)
+
+
+def test_what_is_done_to_an_item_is_not_seen_when_it_is_drawn_again() -> None:
+    tape = Tape(lambda: iter([{"tokens": torch.zeros(2)}]))
+    next(tape)["tokens"].fill_(7)
+    tape.wind_back(0)
+    assert next(tape)["tokens"].tolist() == [0, 0]
+
+
+def test_a_result_of_train_step_comes_back_from_its_record() -> None:
+    result = ({"lm loss": torch.tensor(2.5)}, 0, False, False, 0, 1.25, None, 0)
+    record = results.to_record(result, reports=True)
+    assert (record.loss, record.grad_norm, record.skipped) == (2.5, 1.25, False)
+    assert results.from_record(record) == result
+
+
+def test_a_rank_that_knows_no_loss_reports_none() -> None:
+    record = results.to_record(({}, 1, False, False, 0, None, None, 0), reports=False)
+    assert (record.loss, record.grad_norm, record.skipped) == (None, None, True)
+
+
+def test_the_flag_is_in_a_group_of_its_own_and_there_is_only_one() -> None:
+    parser = arguments.add_arguments(arguments.add_arguments(argparse.ArgumentParser(add_help=False)))
+    (group,) = [group for group in parser._action_groups if group.title == "flash recovery"]
+    assert [action.option_strings for action in group._group_actions] == [["--enable-flash-recovery"]]
+    assert parser.parse_args([]).enable_flash_recovery is False
+
+
+@pytest.mark.parametrize("refusal", arguments.REFUSALS, ids=lambda refusal: refusal.flags)
+def test_what_cannot_be_combined_is_refused_with_the_reason(refusal: arguments.Refusal) -> None:
+    name = refusal.flags.split()[0].removeprefix("--").replace("-", "_")
+    value = {"cuda_graph_impl": "local", "dataloader_type": "external"}.get(name, True)
+    arguments.check(SimpleNamespace())
+    with pytest.raises(ConfigError, match=f"cannot be combined with {re.escape(refusal.flags)}: "):
+        arguments.check(SimpleNamespace(**{name: value}))
+
+
+def test_a_fall_back_starts_from_what_the_run_has_saved(tmp_path: Any) -> None:
+    args = SimpleNamespace(save=str(tmp_path), load="elsewhere", finetune=True, no_load_optim=True, no_load_rng=True)
+    use_newest(args)
+    assert (newest_saved(args.save), args.load) == (0, "elsewhere")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
+    use_newest(args)
+    assert (newest_saved(args.save), args.load, args.finetune) == (12, args.save, False)

@@ -10,12 +10,19 @@ from types import ModuleType
 from typing import TypeAlias
 
 from megatron_flashrecovery import __version__
-from megatron_flashrecovery.commands import demo, plan, replay, run, verify
+from megatron_flashrecovery.commands import demo, patch, plan, replay, run, verify
 from megatron_flashrecovery.commands.arguments import Arguments, refuse_unknown
 from megatron_flashrecovery.core.errors import ConfigError, RecordDamaged
 
 Execute: TypeAlias = Callable[[argparse.Namespace, Mapping[str, str]], int]
-_COMMANDS: Mapping[str, ModuleType] = {"run": run, "plan": plan, "verify": verify, "replay": replay, "demo": demo}
+_COMMANDS: Mapping[str, ModuleType] = {
+    "run": run,
+    "plan": plan,
+    "verify": verify,
+    "replay": replay,
+    "patch": patch,
+    "demo": demo,
+}
 
 
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:

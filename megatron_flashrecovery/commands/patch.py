@@ -1,0 +1,46 @@
+"""`flashrecovery patch`: make the flag a part of a Megatron-LM checkout, take it out again, or see what has moved."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.patching.insertions import states
+from megatron_flashrecovery.patching.megatron_lm import Checkout, known_versions
+
+PURPOSE = "apply, revert or check the patch for a checkout of Megatron-LM (an unpatched one works, too)"
+
+
+def add_arguments(parser: Arguments) -> None:
+    parser.add_argument("verb", choices=("apply", "revert", "check"), metavar="apply|revert|check")
+    parser.add_argument("path", type=Path, metavar="PATH", help="the checkout")
+
+
+def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Exit code 1 if something has moved on which recovery relies."""
+    checkout = Checkout(arguments.path)
+    if arguments.verb == "check":
+        return _check(checkout)
+    print(checkout.apply() if arguments.verb == "apply" else checkout.revert())
+    return 0
+
+
+def _check(checkout: Checkout) -> int:
+    known = checkout.matches()
+    if known is None:
+        versions = known_versions()
+        exact = [each for each in versions if each.tag == f"core_v{checkout.version}"]
+        known = (exact or versions)[-1]
+        print(f"{checkout.root}: Megatron-LM {checkout.version}, not a version that is known; beside {known.tag}:")
+        for path, state in states(known.patch, checkout.root).items():
+            print(f"  {path}: {state}")
+    else:
+        print(f"{checkout.root}: Megatron-LM {checkout.version} ({known.tag}), patch {checkout.state(known)}")
+    moved = checkout.moved(known)
+    for each in moved:
+        print(f"  {each.seam.place} {each.difference}" + (": recovery will not work" if each.breaks else ""))
+    if not moved:
+        print(f"  all {len(known.seams)} seams are as they were when recovery was tested")
+    return int(any(each.breaks for each in moved))

@@ -30,8 +30,7 @@ def kill_at_random(running: Running, rng: random.Random, seconds: float, until: 
     steps = 0
     while time.monotonic() < deadline and running.process.poll() is None:
         time.sleep(rng.choice((0.02, 0.1, 0.3, 1.0)) * rng.random())
-        if running.steps_done() > steps + 4:
-            steps = running.steps_done()
+        if running.steps_done() > steps + 10:
             hits.clear()
         pids = {rank: pid for rank, pid in running.pids().items() if hits[rank] < 3}
         if not pids:
@@ -40,7 +39,8 @@ def kill_at_random(running: Running, rng: random.Random, seconds: float, until: 
         with suppress(ProcessLookupError):
             # Whoever is stopped holds all others back: the job cannot come to its end between the look and the kill.
             os.kill(pids[rank], signal.SIGSTOP)
-            if running.steps_done() >= until:
+            steps = running.steps_done()
+            if steps >= until:
                 os.kill(pids[rank], signal.SIGCONT)
                 break
             os.kill(pids[rank], signal.SIGKILL)

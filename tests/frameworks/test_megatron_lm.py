@@ -1,7 +1,6 @@
 """Megatron-LM's own ``pretrain_gpt.py``, unmodified: with one flag more it survives lost ranks, bit for bit.
 
-These run where ``MEGATRON_LM`` names a checkout (`MEGATRON_LM=PATH make megatron-lm`); none of it is a part of this
-repository.
+These run where ``MEGATRON_LM`` names a checkout (see the README); none of it is a part of this repository.
 """
 
 from __future__ import annotations

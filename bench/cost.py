@@ -3,8 +3,8 @@
 Two jobs of the same script and model live side by side, one with recovery and one without. Every process of one of them
 is stopped (SIGSTOP) while the other one computes a step, turn by turn, so both halves of a pair meet the same machine a
 few seconds apart. What a job had not finished when its turn ended, such as a mirror under way, it finishes in its own
-next turn. A turn is timed from here, by the line that the job adds to `steps.jsonl`. In the first round both jobs run
-under our launcher, in the second one the job without recovery runs under plain torchrun.
+next turn. A turn is timed from here, by the line that the job adds to `steps.jsonl`. What is off is the flag, under our
+launcher; two more rounds compare on and off with plain torchrun, and so tell what the launcher has to do with it.
 
 A rank's unique state is at least 64 MiB and a step has 2,048 tokens. For the speed of a mirror link see `mirror`.
 """
@@ -27,8 +27,8 @@ from bench.launched import Launched, gpt, torchrun, with_recovery, without_recov
 from bench.report import Figure, write
 from megatron_flashrecovery.runtime.journal import FILE_NAME, read_journal
 
-OFF, TORCHRUN = "off", "plain torchrun"
-WITHOUT = (OFF, TORCHRUN)
+ON, OFF, TORCHRUN = "on", "off", "plain torchrun"
+ROUNDS = ((ON, OFF), (ON, TORCHRUN), (OFF, TORCHRUN))
 PAIRS = 10
 WARM_UP = 2
 LEAST_UNIQUE = 64 << 20
@@ -61,65 +61,67 @@ class Turn:
 
 def main() -> None:
     samples: Samples = {}
-    for without in WITHOUT:
+    for pair in ROUNDS:
         with tempfile.TemporaryDirectory() as directory:
-            measure(without, Path(directory), samples)
+            measure(pair, Path(directory), samples)
     write("cost", figures(samples), samples)
 
 
 def figures(samples: Samples) -> list[Figure]:
-    def pairs(what: str, without: str) -> list[tuple[float, float]]:
-        return list(zip(samples[f"{what}, on beside {without}"], samples[f"{what}, {without}"], strict=True))
+    def pairs(what: str, a: str, b: str) -> list[tuple[float, float]]:
+        return list(zip(samples[f"{what}, {a} beside {b}"], samples[f"{what}, {b} beside {a}"], strict=True))
+
+    def ratio(what: str, a: str, b: str) -> float:
+        return statistics.median(first / second for first, second in pairs(what, a, b))
 
     gib = sum(samples["unique"]) / _GIB
     return [
-        *(
-            Figure(
-                f"step time, recovery on / {without}",
-                statistics.median(on / off for on, off in pairs("step", without)),
-                "",
-                at_most=1.03,
-            )
-            for without in WITHOUT
-        ),
-        *(Figure(f"step time, {without}", statistics.median(samples[f"step, {without}"]), "s") for without in WITHOUT),
+        Figure("step time, recovery on / off", ratio("step", ON, OFF), "", at_most=1.03),
+        Figure("step time, recovery on / plain torchrun", ratio("step", ON, TORCHRUN), ""),
+        Figure("step time, recovery off / plain torchrun", ratio("step", OFF, TORCHRUN), ""),
+        Figure("step time, off", statistics.median(samples[f"step, {OFF} beside {ON}"]), "s"),
+        Figure("CPU time of a step, recovery on / off", ratio("cpu", ON, OFF), ""),
         Figure("unique state of the rank that has least", min(samples["unique"]) / 2**20, "MiB", at_least=64.0),
         Figure("mirrored in a step by all ranks", gib, "GiB"),
-        *(
-            Figure(
-                f"CPU time for each GiB mirrored, more than {without}",
-                statistics.median((on - off) / gib for on, off in pairs("cpu", without)),
-                "s/GiB",
-            )
-            for without in WITHOUT
+        Figure(
+            "CPU time for each GiB mirrored",
+            statistics.median((on - off) / gib for on, off in pairs("cpu", ON, OFF)),
+            "s/GiB",
         ),
     ]
 
 
-def measure(without: str, directory: Path, samples: Samples) -> None:
+def measure(pair: tuple[str, str], directory: Path, samples: Samples) -> None:
     """One round: two fresh jobs take ``PAIRS`` steps each, after some to warm up."""
     assert _MODEL["--global-batch-size"] * _MODEL["--seq-length"] == _TOKENS
     model = [part for flag, value in _MODEL.items() for part in (flag, str(value))]
     arguments = (*model, "--lr", "1e-4", "--train-iters", str(_ENOUGH))
+    a, b = pair
     with (
-        with_recovery(gpt(*arguments, flags=_PATIENCE), directory / "on") as job_on,
-        _baseline(without, arguments, directory / "off") as job_off,
-        _taking_turns(job_on, job_off) as (on, off),
+        _launch(a, arguments, directory / "a") as job_a,
+        _launch(b, arguments, directory / "b") as job_b,
+        _taking_turns(job_a, job_b) as (player_a, player_b),
     ):
-        samples["unique"] = _unique_nbytes(directory / "on")
+        if a == ON:
+            samples["unique"] = _unique_nbytes(directory / "a")
         for number in range(-WARM_UP, PAIRS):
-            turns = {id(player): player.take() for player in ((on, off) if number % 2 else (off, on))}
+            order = ((a, player_a), (b, player_b)) if number % 2 else ((b, player_b), (a, player_a))
+            turns = {name: player.take() for name, player in order}
             if number < 0:
                 continue
-            for name, player in ((f"on beside {without}", on), (without, off)):
-                samples.setdefault(f"step, {name}", []).append(turns[id(player)].seconds)
-                samples.setdefault(f"cpu, {name}", []).append(turns[id(player)].cpu_seconds)
+            for name, other in ((a, b), (b, a)):
+                samples.setdefault(f"step, {name} beside {other}", []).append(turns[name].seconds)
+                samples.setdefault(f"cpu, {name} beside {other}", []).append(turns[name].cpu_seconds)
 
 
-def _baseline(without: str, arguments: Sequence[str], directory: Path) -> Launched:
-    if without == TORCHRUN:
-        return torchrun(arguments, directory)
-    return without_recovery(arguments, directory, _PATIENCE)
+def _launch(what: str, arguments: Sequence[str], directory: Path) -> Launched:
+    match what:
+        case "on":
+            return with_recovery(gpt(*arguments, flags=_PATIENCE), directory)
+        case "off":
+            return without_recovery(arguments, directory, _PATIENCE)
+        case _:
+            return torchrun(arguments, directory)
 
 
 class Player:

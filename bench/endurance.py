@@ -2,9 +2,9 @@
 
 Three processes are never replaced: the launcher (agent and controller), the fork server, and rank 0, which is spared.
 They are sampled from `/proc` between the recoveries, once everybody steps again. Growth is the median slope between
-all pairs of samples (Theil and Sen), which a few odd samples do not move. What is filled once is no growth: a quarter
-of the recoveries is left out of it, and the GPT trains undisturbed at first, because even so its ranks gain memory for
-their first hundred steps. The record of a step is kept for as long as the run lasts, so a part of what the launcher
+all pairs of samples (Theil and Sen), which a few odd samples do not move. What is filled once is no growth: the first
+half of the recoveries is left out of it, and the GPT has twice as many, because even undisturbed its ranks gain memory
+for their first hundred steps. The record of a step is kept for as long as the run lasts, so a part of what the launcher
 gains comes from the steps between two recoveries.
 """
 
@@ -24,12 +24,12 @@ from megatron_flashrecovery.runtime.summary import read_summary
 from tests.processes.launcher import GPT, TOY, Job
 
 RECOVERIES = 50
-GPT_RECOVERIES = 32
+GPT_RECOVERIES = 100
 MOST_RESIDENT = 64 << 10
 MOMENTS = ("forward", "backward", "grad_sync", "optimizer", "mirror", "between")
-LAUNCHER, SERVER, RANK_0 = "launcher", "fork server", "rank 0"
+LAUNCHER, SERVER, RANK_0 = "the launcher", "the fork server", "rank 0"
 _START_TIMEOUT, _STEP_TIMEOUT = 120.0, 60.0
-_LEFT_OUT = 4
+_LEFT_OUT = 0.5
 
 Sample = dict[str, int]
 """By resource."""
@@ -38,8 +38,7 @@ RESOURCES = ("resident bytes", "descriptors", "threads")
 
 @dataclass(frozen=True)
 class Trial:
-    """A job that loses one rank every ``distance`` steps, each time another one at another moment, never rank 0; before
-    the first loss it takes ``calm`` steps more."""
+    """A job that loses one rank every ``distance`` steps, each time another one at another moment, never rank 0."""
 
     name: str
     script: Path
@@ -48,7 +47,6 @@ class Trial:
     steps_flag: str
     recoveries: int
     distance: int
-    calm: int = 0
 
     def job(self) -> Job:
         steps = (self.steps_flag, str(self._lost_in(self.recoveries + 1)))
@@ -56,11 +54,11 @@ class Trial:
         return Job(self.script, self.ranks, (*self.arguments, *steps), kills)
 
     def sampled_at(self, number: int) -> range:
-        """How many steps are complete when recovery ``number`` is over for everybody, and the next one is not near."""
+        """How many steps are complete when recovery ``number`` is over for everybody, and nobody is lost again yet."""
         return range(self._lost_in(number) + self.distance // 3, self._lost_in(number + 1) - 1)
 
     def _lost_in(self, number: int) -> int:
-        return self.calm + number * self.distance
+        return number * self.distance
 
     def _kill(self, number: int) -> str:
         rank = 1 + number % (self.ranks - 1)
@@ -73,7 +71,7 @@ def toy(recoveries: int) -> Trial:
 
 
 def gpt(recoveries: int) -> Trial:
-    return Trial("GPT of 8 ranks", GPT, 8, (RECOVERY,), "--train-iters", recoveries, distance=3, calm=60)
+    return Trial("GPT of 8 ranks", GPT, 8, (RECOVERY,), "--train-iters", recoveries, distance=3)
 
 
 @dataclass
@@ -86,7 +84,7 @@ class Observed:
 
     def growth(self, who: str, resource: str) -> float:
         """Per recovery."""
-        begin = self.numbers[-1] / _LEFT_OUT
+        begin = self.numbers[-1] * _LEFT_OUT
         each = zip(self.numbers, self.samples[who], strict=True)
         points = [(number, sample[resource]) for number, sample in each if number >= begin]
         pairs = itertools.combinations(points, 2)
@@ -112,7 +110,7 @@ def figures_of(trial: Trial, observed: Observed) -> list[Figure]:
     return [
         *(
             Figure(
-                f"{growing} memory of the {who}",
+                f"{growing} memory of {who}",
                 observed.growth(who, "resident bytes") / 1024,
                 "KiB",
                 at_most=MOST_RESIDENT / 1024,

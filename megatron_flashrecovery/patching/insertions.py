@@ -66,6 +66,11 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def read(path: Path) -> str:
+    """With its line ends as they are: what is written back must differ in nothing but the insertions."""
+    return path.read_bytes().decode()
+
+
 def make(path: str, text: str, insertions: Sequence[Insertion]) -> FilePatch:
     unsealed = FilePatch(path, fingerprint(text), "", tuple(insertions))
     return FilePatch(path, unsealed.before, fingerprint(unsealed.apply(text)), unsealed.insertions)
@@ -110,6 +115,6 @@ def states(patches: Mapping[str, FilePatch], root: Path) -> dict[str, str]:
         if not file.is_file():
             found[path] = "missing"
             continue
-        now = fingerprint(file.read_text())
+        now = fingerprint(read(file))
         found[path] = {patch.before: "not applied", patch.patched: "applied"}.get(now, "changed")
     return found

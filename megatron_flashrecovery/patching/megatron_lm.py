@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
-from megatron_flashrecovery.patching.insertions import FilePatch, Insertion, make, parse, states
+from megatron_flashrecovery.patching.insertions import FilePatch, Insertion, make, parse, read, states
 from megatron_flashrecovery.patching.seams import Moved, Seam, compare, read_seam
 
 _ARGUMENTS = "megatron/training/arguments.py"
@@ -50,6 +50,16 @@ WATCHED: tuple[tuple[str, str], ...] = (
     ("megatron/core/distributed/param_and_grad_buffer.py", "_ParamAndGradBucketGroup"),
     ("megatron/core/tensor_parallel/random.py", "CudaRNGStatesTracker"),
 )
+
+REPLACED = (
+    *("pretrain", "load_checkpoint", "build_pretraining_data_loader", "build_train_valid_test_data_iterators"),
+    *("train", "train_step", "update_num_microbatches"),
+    *("logical_and_across_model_parallel_group", "reduce_max_stat_across_model_parallel_group"),
+    *("training_log", "evaluate_and_print_results", "save_checkpoint_and_time", "save_checkpoint"),
+    *("checkpoint_and_decide_exit", "post_training_step_callbacks", "calc_params_l2_norm"),
+    *("disable_forward_pre_hook", "enable_forward_pre_hook", "maybe_finalize_async_save", "print_datetime"),
+)
+"""Names in the module of the loop that the hooks of the adapter replace."""
 
 _FLAG = (
     "    group = parser.add_argument_group(title='flash recovery')\n",
@@ -111,9 +121,23 @@ class Checkout:
 
     def moved(self, known: Known) -> list[Moved]:
         inserted = {(_ARGUMENTS, "add_megatron_arguments"), (_ARGUMENTS, "validate_args")}
-        is_patched = self.state(known) != "not applied"
-        watched = [seam for seam in known.seams if not (is_patched and (seam.file, seam.name) in inserted)]
-        return list(compare(self.root, watched))
+        now = states(known.patch, self.root)
+        return list(
+            compare(
+                self.root,
+                # What we have inserted there ourselves is no news.
+                [
+                    seam
+                    for seam in known.seams
+                    if not ((seam.file, seam.name) in inserted and now.get(seam.file) == "applied")
+                ],
+            )
+        )
+
+    def missing_names(self) -> list[str]:
+        """Names that our hooks replace in the module of the loop, and that are not bound there."""
+        bound = _bound_names(ast.parse(read(self.root / _TRAINING)))
+        return [name for name in REPLACED if name not in bound]
 
     def apply(self) -> str:
         """What was done, for people. Nothing is written unless everything fits."""
@@ -121,7 +145,7 @@ class Checkout:
         found = states(known.patch, self.root)
         for path, patch in known.patch.items():
             if found[path] == "not applied":
-                _rewrite(self.root / path, patch.apply((self.root / path).read_text()))
+                _rewrite(self.root / path, patch.apply(read(self.root / path)))
         done = "was applied already" if set(found.values()) == {"applied"} else "applied"
         return f"{known.tag}: {done}"
 
@@ -130,7 +154,7 @@ class Checkout:
         found = states(known.patch, self.root)
         for path, patch in known.patch.items():
             if found[path] == "applied":
-                _rewrite(self.root / path, patch.revert((self.root / path).read_text()))
+                _rewrite(self.root / path, patch.revert(read(self.root / path)))
         done = "was not applied" if set(found.values()) == {"not applied"} else "reverted"
         return f"{known.tag}: {done}"
 
@@ -147,7 +171,7 @@ class Checkout:
 
 def make_patch(root: Path) -> dict[str, FilePatch]:
     """For a version that is not known yet; for whoever adds one."""
-    text = (root / _ARGUMENTS).read_text()
+    text = read(root / _ARGUMENTS)
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     last = functions["add_megatron_arguments"].body[-1]
     assert isinstance(last, ast.Return), "add_megatron_arguments does not end with a return"
@@ -183,9 +207,29 @@ def _version(package_info: Path) -> str:
     return ".".join(numbers) + str(said.get("PRE_RELEASE", ""))
 
 
+def _bound_names(tree: ast.Module) -> set[str]:
+    """By functions and imports of the module, conditional ones included."""
+    found: set[str] = set()
+    todo: list[ast.AST] = list(tree.body)
+    while todo:
+        match todo.pop():
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                found.update(alias.asname or alias.name for alias in names)
+            case (ast.If() | ast.Try()) as block:
+                todo += ast.iter_child_nodes(block)
+            case ast.ExceptHandler(body=body):
+                todo += body
+            case _:
+                pass
+    return found
+
+
 def _rewrite(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all; where the file is a link, what it leads to."""
+    path = path.resolve()
     new = path.with_name(path.name + ".flashrecovery")
-    new.write_text(text)
+    new.write_bytes(text.encode())
     new.chmod(path.stat().st_mode)
     new.replace(path)

@@ -26,7 +26,8 @@ def validate_args(args, defaults={}):
     args.checked = True
     return args
 """
-TRAINING = "def train_step(forward_step_func, data_iterator):\n    return 1\n"
+TRAINING = "".join(f"from elsewhere import {name}\n" for name in megatron_lm.REPLACED if name != "train_step")
+TRAINING += "\n\ndef train_step(forward_step_func, data_iterator):\n    return 1\n"
 TIMERS = "class Timer:\n    def start(self, barrier=False):\n        pass\n"
 
 
@@ -92,8 +93,8 @@ def test_a_tree_that_somebody_has_changed_is_refused_and_left_alone(
     ("now", "difference", "breaks"),
     [
         (TRAINING.replace("return 1", "return 2"), "train_step has another body", False),
-        (TRAINING.replace("data_iterator", "data_iterator, iteration"), "also takes iteration", False),
-        (TRAINING.replace(", data_iterator", ""), "no longer takes data_iterator", True),
+        (TRAINING.replace(", data_iterator)", ", data_iterator, iteration)"), "also takes iteration", False),
+        (TRAINING.replace(", data_iterator)", ")"), "no longer takes data_iterator", True),
         (TRAINING.replace("train_step", "take_step"), "train_step is gone", True),
     ],
 )
@@ -103,6 +104,37 @@ def test_check_names_what_upstream_has_moved(
     (checkout / "megatron/training/training.py").write_text(now)
     assert main(["patch", "check", str(checkout)]) == int(breaks)
     assert difference in capsys.readouterr().out
+
+
+def test_check_names_what_hooks_would_not_find(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkout / "megatron/training/training.py").write_text(
+        TRAINING.replace("import print_datetime", "import print_date")
+    )
+    assert main(["patch", "check", str(checkout)]) == 1
+    assert "knows no print_datetime" in capsys.readouterr().out
+
+
+def test_a_changed_file_hides_nothing(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkout / "megatron/training/arguments.py").write_text(ARGUMENTS.replace("def validate_args", "def validate"))
+    known = megatron_lm.known_versions()[0]
+    seams = (*known.seams, Seam("megatron/training/arguments.py", "validate_args", ("args", "defaults"), ""))
+    moved = megatron_lm.Checkout(checkout).moved(Known(known.tag, known.patch, seams))
+    assert [(each.seam.name, each.difference) for each in moved] == [("validate_args", "is gone")]
+
+
+def test_line_ends_and_links_stay_as_they_are(checkout: Path, tmp_path: Path) -> None:
+    file = checkout / "megatron/training/arguments.py"
+    real = tmp_path / "shared.py"
+    file.rename(real)
+    file.symlink_to(real)
+    assert main(["patch", "apply", str(checkout)]) == 0
+    assert file.is_symlink()
+    assert main(["patch", "revert", str(checkout)]) == 0
+    assert real.read_text() == ARGUMENTS
+    real.write_bytes(ARGUMENTS.replace("\n", "\r\n").encode())
+    before = real.read_bytes()
+    assert main(["patch", "apply", str(checkout)]) == 2
+    assert real.read_bytes() == before
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

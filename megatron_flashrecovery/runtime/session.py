@@ -72,6 +72,7 @@ class Session:
         self._entered = False
         self._last_step = NO_STEP
         self._inside = False
+        self._last_resume: Step | None = None
         self._call_of: dict[Step, Callable[[], StepRecord]] = {}
         self._calls_after: dict[Step, list[GuardedCall]] = {}
         self._framework: Framework
@@ -144,6 +145,7 @@ class Session:
             return loaded
         self._line.say_ready(b"")
         self._recovery.join()
+        self._last_resume = self._progress.completed
         self._report_again()
         # What the framework still does before its loop is a part of its start, and the others have done it.
         self._registry.rehearse(True)
@@ -153,6 +155,11 @@ class Session:
     def has_entered(self) -> bool:
         """The first protected step has begun: from now on whatever enters a collective needs a guard."""
         return self._entered
+
+    @property
+    def last_resume(self) -> Step | None:
+        """The step from which the newest recovery went on, the same on all ranks; None before the first."""
+        return self._last_resume
 
     @property
     def is_inside(self) -> bool:
@@ -380,7 +387,9 @@ class Session:
 
     def _execute(self) -> None:
         """Carry plans out until one of them is not overtaken by another loss."""
+        self._lot.end_telling()
         self._recovery.execute()
+        self._last_resume = self._progress.completed
         self._report_again()
 
     def _report_again(self) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_flashrecovery.adapters.megatron_lm import arguments, results
+from megatron_flashrecovery.adapters.megatron_lm import arguments, hooks, results
 from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved, use_newest
 from megatron_flashrecovery.adapters.megatron_lm.tape import Tape
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.patching.megatron_lm import REPLACED
 
 
 def test_a_tape_gives_again_what_it_gave_and_opens_its_source_only_when_it_is_drawn_from() -> None:
@@ -71,10 +72,16 @@ def test_the_flag_is_in_a_group_of_its_own_and_there_is_only_one() -> None:
 @pytest.mark.parametrize("refusal", arguments.REFUSALS, ids=lambda refusal: refusal.flags)
 def test_what_cannot_be_combined_is_refused_with_the_reason(refusal: arguments.Refusal) -> None:
     name = refusal.flags.split()[0].removeprefix("--").replace("-", "_")
+    if name == "check_weight_hash_across_dp_replicas_interval":
+        assert refusal.applies(SimpleNamespace(**{name: 5}))
     value = {"cuda_graph_impl": "local", "dataloader_type": "external"}.get(name, True)
     arguments.check(SimpleNamespace())
     with pytest.raises(ConfigError, match=f"cannot be combined with {re.escape(refusal.flags)}: "):
         arguments.check(SimpleNamespace(**{name: value}))
+
+
+def test_the_check_of_a_checkout_looks_for_what_the_hooks_replace() -> None:
+    assert {*hooks.GUARDED, *hooks.WRAPPED, "pretrain"} == set(REPLACED)
 
 
 def test_a_fall_back_starts_from_what_the_run_has_saved(tmp_path: Any) -> None:

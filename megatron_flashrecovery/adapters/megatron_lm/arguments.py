@@ -67,6 +67,18 @@ REFUSALS: Sequence[Refusal] = (
         "nobody but its author can open that loader in the middle, which a replacement needs: use single or cyclic",
         lambda args: getattr(args, "dataloader_type", None) == "external",
     ),
+    _refuse("--iterations-to-skip", "a skipped iteration is no step, and nobody has a copy of what it leaves"),
+    _refuse("--async-save", "a replacement does not know of the save that is under way"),
+    _refuse("--ckpt-assume-constant-structure", "a replacement does not know what the first save has agreed on"),
+    _refuse("--phase-transition-iterations", "where a phase begins in its data is not known to a replacement"),
+    _refuse("--multiple-validation-sets", "their positions are not known to a replacement"),
+    _refuse("--qk-clip", "it changes weights behind the update"),
+    _refuse("--log-max-attention-logit", "it is reduced behind the update"),
+    Refusal(
+        "--check-weight-hash-across-dp-replicas-interval",
+        "a replacement would compare its weights with those of the start; data-parallel peers compare after recoveries",
+        lambda args: getattr(args, "check_weight_hash_across_dp_replicas_interval", None) is not None,
+    ),
     _refuse("--perform-rl-step", "what rollouts were drawn is not mirrored"),
     _refuse("--skip-train", "nothing is trained"),
 )

@@ -22,5 +22,5 @@ def newest_saved(directory: str) -> Step:
 def use_newest(args: Any) -> None:
     """After a fall-back: what this run has saved, with everything in it, whatever it was told to start from."""
     if args.save and newest_saved(args.save):
-        args.load = args.save
+        args.load, args.ckpt_step = args.save, None
         args.finetune = args.no_load_optim = args.no_load_rng = False

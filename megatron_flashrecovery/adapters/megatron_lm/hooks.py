@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from megatron_flashrecovery.adapters.megatron_lm.arguments import add_arguments, check
+from megatron_flashrecovery.adapters.megatron_lm.checkpoint import use_newest
 from megatron_flashrecovery.core.errors import SeamChanged
 from megatron_flashrecovery.runtime.seat import taken_seat
 from megatron_flashrecovery.runtime.session import Session
@@ -42,6 +43,7 @@ WRAPPED = {
     "build_train_valid_test_data_iterators": "build_iterators",
     "train": "train",
     "train_step": "train_step",
+    "update_num_microbatches": "calculate",
     "logical_and_across_model_parallel_group": "agree",
     "reduce_max_stat_across_model_parallel_group": "agree",
 }
@@ -92,6 +94,8 @@ def _begin(args: Any) -> None:
         check(args)
         _session = Session.from_environment()
         _session.install_groups()
+        if _session.must_load:
+            use_newest(args)
 
 
 def _hook_training(module: ModuleType) -> None:

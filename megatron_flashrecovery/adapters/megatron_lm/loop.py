@@ -8,8 +8,8 @@ the others in what follows that step. Where it has to evaluate or save once more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -19,22 +19,19 @@ from megatron.core import parallel_state
 from megatron_flashrecovery.adapters.megatron.framework import MegatronFramework
 from megatron_flashrecovery.adapters.megatron.seams import install_seams
 from megatron_flashrecovery.adapters.megatron_lm import results
-from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved, use_newest
+from megatron_flashrecovery.adapters.megatron_lm.between_steps import BetweenSteps
+from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved
 from megatron_flashrecovery.adapters.megatron_lm.data import Data
 from megatron_flashrecovery.adapters.megatron_lm.early_losses import EarlyLosses
 from megatron_flashrecovery.adapters.megatron_lm.loop_position import LoopPosition
-from megatron_flashrecovery.adapters.megatron_lm.loop_state import LoopState, copy_of_sums
+from megatron_flashrecovery.adapters.megatron_lm.loop_state import LoopState, hook, is_hooked
 from megatron_flashrecovery.adapters.megatron_lm.session_seam import LoopSession
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.runtime.framework import StepRecord
 
 Function = Callable[..., Any]
-_FORWARD_BACKWARD = 6
+_SCHEDULE = 6
 """Place of the schedule among the arguments of ``train_step``."""
-_FLOPS = 4
-"""Place of the operations so far among those of ``checkpoint_and_decide_exit``."""
-_OUTPUTS = ("print_rank_last", "get_tensorboard_writer", "get_wandb_writer")
-_QUIET_AGAIN = frozenset({"training_log", "evaluate_and_print_results"})
 
 
 class Loop:
@@ -54,6 +51,8 @@ class Loop:
         self._everyone_trains = False
         self._checkpoint = 0
         self._is_saving = False
+        self._param_sync: Any = None
+        self._calls_behind: Counter[str] = Counter()
 
     # --- before the loop ----------------------------------------------------------------------------------------------
 
@@ -61,8 +60,6 @@ class Loop:
         """A replacement reads none, so what loading sends around is no part of the recorded start."""
         if self._session.is_joining:
             return 0, 0
-        if self._session.must_load:
-            use_newest(self._args)
         with self._session.unrecorded():
             return original(*args, **named)
 
@@ -96,24 +93,34 @@ class Loop:
             seams = self._session if sharded else self._early_losses
             install_seams(self._model, self._optimizer, seams, self._framework.partial_step)
         if not sharded:
-            args = (
-                *args[:_FORWARD_BACKWARD],
-                self._early_losses.watch(args[_FORWARD_BACKWARD]),
-                *args[_FORWARD_BACKWARD + 1 :],
-            )
-        state = self._take_state(int(self._args.consumed_train_samples))
+            schedule = self._early_losses.watch(args[_SCHEDULE])
+            args = (*args[:_SCHEDULE], schedule, *args[_SCHEDULE + 1 :])
+        put_back = self._snapshot(int(self._args.consumed_train_samples))
         step = Step(self._args.curr_iteration)
 
         def call() -> StepRecord:
-            self._put_back(state)
+            put_back()
             self._framework.begin_step()
             if "iteration" in named:
                 named["iteration"] = int(step)
             result = original(*args, **named)
+            self._position.was_hooked = all(map(is_hooked, self._model))
             self._framework.end_step()
             return results.to_record(result, self._is_reporting())
 
-        return results.from_record(self._session.run_step(step, call))
+        is_answered = self._position.step > step
+        record = self._session.run_step(step, call)
+        self._calls_behind.clear()
+        if is_answered and record.skipped and self._position.was_hooked:
+            # Upstream switches the hooks on behind a first step that was not skipped; the others have done that before.
+            self._switch_hooks_on()
+        return results.from_record(record)
+
+    def calculate(self, original: Function, consumed_samples: int, *rest: Any, **named: Any) -> Any:
+        """In place of ``update_num_microbatches``: what it was last asked for can be asked again."""
+        if self._is_guarding():
+            self._position.calculated_for = int(consumed_samples)
+        return original(consumed_samples, *rest, **named)
 
     def agree(self, original: Function, value: Any, *rest: Any, **named: Any) -> Any:
         """In place of the reductions over a replica that follow an update. A replicated optimizer must not wait for
@@ -125,35 +132,20 @@ class Loop:
     def guarded(self, name: str, original: Function, *args: Any, **named: Any) -> Any:
         """A call that can enter a collective, before the loop, in it, or behind it."""
         if not self._is_guarding():
+            if name == "disable_forward_pre_hook":
+                self._param_sync = self._config.param_sync_func
             return original(*args, **named)
-        if name == "save_checkpoint":
-            self._is_saving = True
-        if name == "training_log":
-            self._position.adopt(args[1])
-        state = self._take_state(self._position.calculated_for)
-        sums = copy_of_sums(self._position.total_losses) if name == "training_log" else {}
-        step = Step(self._args.curr_iteration + 1)
-        done = step <= self._session.reported.get(name, 0)
-
-        def call() -> Any:
-            nonlocal done
-            if name == "checkpoint_and_decide_exit":
-                self._position.flops = args[_FLOPS]
-            with self._quiet() if done and name in _QUIET_AGAIN else nullcontext():
-                result = original(*args, **named)
-            done = True
-            return result
-
-        def again() -> Any:
-            self._put_back(state)
-            if name == "training_log":
-                self._position.total_losses.clear()
-                self._position.total_losses.update(copy_of_sums(sums))
-            return call()
-
-        result = self._session.guard(name, call, again)
-        if name in _QUIET_AGAIN and self._reports():
-            self._session.note_reported(name, step)
+        if self._session.is_inside:
+            self._is_saving = self._is_saving or name == "save_checkpoint"
+            return original(*args, **named)
+        if name == "enable_forward_pre_hook" and all(map(is_hooked, self._model)):
+            return None
+        self._calls_behind[name] += 1
+        put_back = self._snapshot(self._position.calculated_for)
+        occurrence = self._calls_behind[name]
+        call = BetweenSteps(self._session, self._training, self._position, name, occurrence, put_back)
+        result = call.make(original, *args, **named)
+        self._is_saving = self._is_saving or name == "save_checkpoint"
         self._note_checkpoint()
         return result
 
@@ -180,42 +172,29 @@ class Loop:
     def _is_guarding(self) -> bool:
         return self._session.has_entered
 
-    def _take_state(self, calculated_for: int) -> LoopState:
-        timers = self._training.get_timers()
-        return LoopState.take(self._args, timers, self._model, self._config, self._data.tapes, calculated_for)
+    def _snapshot(self, calculated_for: int) -> Callable[[], None]:
+        """What puts back what the loop has in its hands now."""
+        hands = (self._args, self._training.get_timers(), self._model, self._config, self._data.tapes)
+        state = LoopState.take(*hands, calculated_for)
+        return lambda: state.put_back(*hands)
 
-    def _put_back(self, state: LoopState) -> None:
-        state.put_back(self._args, self._training.get_timers(), self._model, self._config, self._data.tapes)
+    def _switch_hooks_on(self) -> None:
+        for chunk in self._model:
+            hook(chunk, True)
+        self._config.param_sync_func = self._param_sync
 
     def _note_checkpoint(self) -> None:
         """Whatever way it was saved in: only the marker says that it is complete."""
-        if self._is_saving and not self._session.is_inside:
+        if self._is_saving:
+            self._is_saving = False
             newest = newest_saved(self._args.save)
-            self._is_saving = bool(getattr(self._args, "async_save", False)) and newest <= self._checkpoint
             if newest > self._checkpoint:
                 self._checkpoint = newest
                 self._session.checkpoint_written(newest)
 
-    @staticmethod
-    def _reports() -> bool:
-        """Upstream writes its report on the last rank."""
-        return bool(torch.distributed.get_rank() == torch.distributed.get_world_size() - 1)
-
     def _is_reporting(self) -> bool:
         """On the last stage everybody knows the loss; one replica is enough to report it."""
         return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
-
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """What has been reported is not reported again."""
-        before = {name: getattr(self._training, name) for name in _OUTPUTS}
-        for name in _OUTPUTS:
-            setattr(self._training, name, _nothing)
-        try:
-            yield
-        finally:
-            for name, function in before.items():
-                setattr(self._training, name, function)
 
 
 def _everyone_trains(model: list[Any]) -> bool:
@@ -224,7 +203,3 @@ def _everyone_trains(model: list[Any]) -> bool:
     group = parallel_state.get_model_parallel_group()
     torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MIN, group=group)
     return bool(told.item())
-
-
-def _nothing(*_args: Any, **_named: Any) -> None:
-    """In place of a function that prints, or that gives something to write with."""

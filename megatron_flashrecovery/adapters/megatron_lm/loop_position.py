@@ -30,6 +30,10 @@ class LoopPosition:
         self._args = args
         self._data = data
         self._before = self._counters()
+        self.started_at = first_step
+        """By the job, and not by this process."""
+        self.was_hooked = False
+        """Whether the hooks that gather parameters were on when the newest step was complete."""
         self._captured_losses: dict[str, Any] = {}
         self._positions: dict[Step, list[int]] = {}
 
@@ -37,12 +41,13 @@ class LoopPosition:
         self.calculated_for = int(self._args.consumed_train_samples)
         self._before = self._counters()
         self._data.forget_reruns()
-        tapes = self._data.tapes
-        self._positions.setdefault(self.step, [tape.position for tape in tapes])
+        self._positions.setdefault(self.step, [tape.position for tape in self._data.tapes])
 
     def end_step(self) -> None:
         self.iteration = int(self.step)
         self.step = Step(self.step + 1)
+        # What follows the step draws from here on, and may have to draw it again.
+        self._positions[self.step] = [tape.position for tape in self._data.tapes]
 
     def capture(self) -> Value:
         machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
@@ -53,6 +58,8 @@ class LoopPosition:
             "calculated_for": self.calculated_for,
             "losses": [[name, value] for name, value in copy_of_sums(self.total_losses).items()],  # in their order
             "flops": self.flops,
+            "started_at": int(self.started_at),
+            "hooked": self.was_hooked,
             "rerun_iteration": None if machine is None else int(machine.current_iteration),
         }
 
@@ -61,6 +68,7 @@ class LoopPosition:
         self.calculated_for = captured["calculated_for"]
         self._before = captured["counters"]
         self.flops = captured["flops"]
+        self.started_at, self.was_hooked = Step(captured["started_at"]), captured["hooked"]
         self._captured_losses = dict(captured["losses"])
         update_num_microbatches(self.calculated_for, consistency_check=False)
         machine = rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import rerun_state_machine
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 
 from megatron_flashrecovery.adapters.megatron_lm.tape import Tape
@@ -24,6 +25,8 @@ class LoopState:
     counters: Mapping[str, int]
     calculated_for: int
     running: Mapping[str, float]
+    timers: Any
+    rerun_mode: Any
     hooked: tuple[bool, ...]
     param_sync: Any
     positions: tuple[int, ...]
@@ -35,8 +38,10 @@ class LoopState:
         return LoopState(
             counters={name: getattr(args, name) for name in COUNTERS if hasattr(args, name)},
             calculated_for=calculated_for,
+            timers=config.timers,
+            rerun_mode=getattr(_rerun_machine(), "mode", None),
             running={name: timer._start_time for name, timer in timers._timers.items() if timer._started},
-            hooked=tuple(_is_hooked(chunk) for chunk in model),
+            hooked=tuple(is_hooked(chunk) for chunk in model),
             param_sync=config.param_sync_func,
             positions=tuple(tape.position for tape in tapes),
         )
@@ -49,18 +54,26 @@ class LoopState:
             timer._started = name in self.running
             timer._start_time = self.running.get(name, timer._start_time)
         for chunk, hooked in zip(model, self.hooked, strict=True):
-            _hook(chunk, hooked)
+            hook(chunk, hooked)
         config.param_sync_func = self.param_sync
+        # An evaluation that is cut short has taken both away.
+        config.timers = self.timers
+        if self.rerun_mode is not None:
+            _rerun_machine().mode = self.rerun_mode
         for tape, position in zip(tapes, self.positions, strict=True):
             tape.wind_back(position)
 
 
-def _is_hooked(chunk: Any) -> bool:
+def _rerun_machine() -> Any:
+    return rerun_state_machine._GLOBAL_RERUN_STATE_MACHINE
+
+
+def is_hooked(chunk: Any) -> bool:
     return bool(getattr(chunk, "remove_forward_pre_hook_handles", None))
 
 
-def _hook(chunk: Any, wanted: bool) -> None:
-    if _is_hooked(chunk) == wanted:
+def hook(chunk: Any, wanted: bool) -> None:
+    if is_hooked(chunk) == wanted:
         return
     if wanted:
         chunk.enable_forward_pre_hook()

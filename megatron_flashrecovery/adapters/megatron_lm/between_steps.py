@@ -1,0 +1,102 @@
+"""One call of upstream's loop between two steps: made once, and again by all if a recovery goes back before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megatron_flashrecovery.adapters.megatron_lm.loop_position import LoopPosition
+from megatron_flashrecovery.adapters.megatron_lm.loop_state import copy_of_sums
+from megatron_flashrecovery.adapters.megatron_lm.session_seam import LoopSession
+
+LOG, EVALUATE, EXIT = "training_log", "evaluate_and_print_results", "checkpoint_and_decide_exit"
+REPORTS = frozenset({LOG, EVALUATE})
+_OUTPUTS = ("print_rank_last", "get_tensorboard_writer", "get_wandb_writer")
+_TOTAL_LOSSES = 1
+"""Place of the loop's sums among the arguments of ``training_log``."""
+_FLOPS = 4
+"""Place of the operations so far among those of ``checkpoint_and_decide_exit``."""
+
+
+class BetweenSteps:
+    """``occurrence`` counts the calls of this name behind the same step. ``put_back`` gives the loop what it had in its
+    hands right before this call."""
+
+    def __init__(
+        self,
+        session: LoopSession,
+        training: ModuleType,
+        position: LoopPosition,
+        name: str,
+        occurrence: int,
+        put_back: Callable[[], None],
+    ) -> None:
+        self._session = session
+        self._training = training
+        self._position = position
+        self._name = name
+        self._key = f"{name}#{occurrence}"
+        self._put_back = put_back
+        self._step = position.step
+        self._is_told = self._step <= session.reported.get(self._key, 0)
+        self._delivered: bool | None = None
+
+    def make(self, original: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        if self._name == LOG:
+            self._position.adopt(args[_TOTAL_LOSSES])
+            if "is_first_iteration" in named:
+                # Of the job, not of this process: behind a first iteration upstream meets all others to log it.
+                named["is_first_iteration"] = self._step == self._position.started_at + 1
+        sums = copy_of_sums(self._position.total_losses) if self._name == LOG else {}
+
+        def first() -> Any:
+            if self._name == EXIT:
+                self._position.flops = args[_FLOPS]
+            with self._quiet() if self._is_told and self._name in REPORTS else nullcontext():
+                result = original(*args, **named)
+            self._is_told = True
+            return self._agreed(result) if self._name == EXIT else result
+
+        def again() -> Any:
+            self._put_back()
+            if self._name == LOG:
+                self._position.total_losses.clear()
+                self._position.total_losses.update(copy_of_sums(sums))
+            return first()
+
+        result = self._session.guard(self._name, first, again)
+        self._delivered = result if self._name == EXIT else None
+        if self._name in REPORTS and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            self._session.note_reported(self._key, self._step)
+        return result
+
+    def _agreed(self, leaves: bool) -> bool:
+        """Whether to leave is asked again after a recovery, and by then the time may be up. Whoever was told to stay
+        has gone on, so then everybody stays: the question comes again behind the next step."""
+        resumed = self._session.last_resume
+        if resumed is None or not resumed <= self._step <= resumed + 1:
+            return leaves
+        mine = leaves if self._delivered is None else self._delivered
+        told = torch.tensor([int(mine)], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MIN)
+        return bool(told.item())
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """What has been told is not told again."""
+        before = {name: getattr(self._training, name) for name in _OUTPUTS}
+        for name in _OUTPUTS:
+            setattr(self._training, name, _nothing)
+        try:
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(self._training, name, function)
+
+
+def _nothing(*_args: Any, **_named: Any) -> None:
+    """In place of a function that prints, or that gives something to write with."""

@@ -70,9 +70,11 @@ class ControlServer:
     ) -> AsyncIterator[bytes]:
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         if not hmac.compare_digest(metadata.get(_TOKEN, ""), self._token):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the job token is wrong")
+            await context.abort(
+                grpc.StatusCode.UNAUTHENTICATED, "its job token is another one: set the same FLASHRECOVERY_TOKEN"
+            )
         if metadata.get(_VERSION) != self._version:
-            reason = f"this node runs version {metadata.get(_VERSION)}, the controller {self._version}"
+            reason = f"it runs version {metadata.get(_VERSION)} and the controller {self._version}: install the same"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
         async for message in self._on_attach(self._decoded(requests)):
             yield self._codec.encode(message)

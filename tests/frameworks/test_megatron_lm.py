@@ -5,11 +5,14 @@ These run where ``MEGATRON_LM`` names a checkout (see the README); none of it is
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
-from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, kill, pretrain
+from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, STEPS, kill, pretrain
 from tests.processes.conftest import Equal, Undisturbed, assert_only_what_is_broken_is_rebuilt
-from tests.processes.launcher import run
+from tests.processes.launcher import Outcome, run, started
 
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no checkout of Megatron-LM")
 
@@ -77,6 +80,32 @@ def test_kills_with_a_feature_change_no_bit(
     assert all(recovery.steps_recomputed <= 1 for recovery in outcome.recoveries)
     # A recovered step is logged once, and as it is without a recovery.
     assert losses(outcome.said) == losses(undisturbed(job).said)
+
+
+def test_a_checkpoint_written_in_spite_of_a_loss_is_one_to_start_from(
+    tmp_path_factory: pytest.TempPathFactory, assert_equal: Equal, undisturbed: Undisturbed
+) -> None:
+    """Rank 5 is killed while the first one is saved; another run goes on from the last one, and loses a rank, too.
+
+    Without the optimizer: upstream cannot load that of torch's Adam, with or without recovery.
+    """
+    directory = tmp_path_factory.mktemp("run")
+    saved = directory / "checkpoints"
+    steady = (*SHARDED, "--lr-decay-iters", "20")
+    calm = undisturbed(pretrain(*steady, "--train-iters", "12"))
+    with started(pretrain(*steady, "--save", str(saved), "--save-interval", "4"), directory / "run") as running:
+        running.wait_for(saved.exists, "the first checkpoint")
+        os.kill(running.pids()[5], signal.SIGKILL)
+        said, _ = running.process.communicate(timeout=120)
+    outcome = Outcome(directory / "run", running.process.returncode, said)
+    assert outcome.exit_code == 0, outcome.said
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [(5,)]
+    assert outcome.results() == calm.results()[:STEPS]
+    load = (*steady, "--train-iters", "12", "--load", str(saved), "--no-load-optim")
+    goes_on = pretrain(*load, injections=(kill(2, 11, "backward"),))
+    again = run(goes_on, directory / "again")
+    assert_equal(goes_on, again)
+    assert [line.step for line in again.steps] == [10, 11, 12]
 
 
 def test_without_the_flag_nothing_of_ours_changes_the_run(undisturbed: Undisturbed) -> None:

@@ -60,9 +60,10 @@ class MegatronFramework:
         self._position.end_step()
 
     def state_sha256(self) -> str:
-        """Of all that the next step depends on, as far as this rank has it."""
+        """Of all that the next step computes with, as far as this rank has it."""
         pieces = [(piece.name, piece.tensor) for piece in self._pieces]
-        return hashlib.sha256(tensors_fingerprint(pieces) + encode_values(self.values())).hexdigest()
+        values = {name: value for name, value in self.values().items() if name != "position"}
+        return hashlib.sha256(tensors_fingerprint(pieces) + encode_values(values)).hexdigest()
 
     # --- Framework ----------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         key = (job.script, job.ranks, job.arguments)
         if key not in made:
             calm = replace(job, injections=(), flags=())
-            made[key] = run(calm, tmp_path_factory.mktemp("undisturbed") / "run")
+            made[key] = run(calm, tmp_path_factory.mktemp("undisturbed") / "run", timeout=600.0)
             assert made[key].exit_code == 0, made[key].said
         return made[key]
 

@@ -113,6 +113,10 @@ class Running:
         path = self.log_dir / "steps.jsonl"
         return len(path.read_bytes().splitlines()) if path.exists() else 0
 
+    def resumed_at(self) -> int:
+        """The newest step that a recovery went on from; -1 before the first."""
+        return max((int(line.body["resume_step"]) for line in self._journal("Resume")), default=-1)
+
     def count(self, name: str) -> int:
         return len(self._journal(name))
 

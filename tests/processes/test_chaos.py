@@ -22,25 +22,25 @@ LAST_STEPS = 50
 def kill_at_random(running: Running, rng: random.Random, seconds: float, until: int) -> int:
     """SIGKILL to random ranks, at moments that are sometimes close together. Returns how many were hit.
 
-    For ``seconds``, or until step ``until`` is done. No seat is hit more than three times before the job gets a step
-    further: it would fall back, as it should.
+    For ``seconds``, or until step ``until`` is done. A seat that is lost more than three times before a recovery goes
+    on from a newer step makes the job fall back: so none is hit more than twice, for one hit may cross that moment.
     """
     killed, deadline = 0, time.monotonic() + seconds
     hits: Counter[int] = Counter()
-    steps = 0
+    resumed = -1
     while time.monotonic() < deadline and running.process.poll() is None:
         time.sleep(rng.choice((0.02, 0.1, 0.3, 1.0)) * rng.random())
-        if running.steps_done() > steps + 10:
+        if (newest := running.resumed_at()) > resumed:
+            resumed = newest
             hits.clear()
-        pids = {rank: pid for rank, pid in running.pids().items() if hits[rank] < 3}
+        pids = {rank: pid for rank, pid in running.pids().items() if hits[rank] < 2}
         if not pids:
             continue
         rank = rng.choice(sorted(pids))
         with suppress(ProcessLookupError):
             # Whoever is stopped holds all others back: the job cannot come to its end between the look and the kill.
             os.kill(pids[rank], signal.SIGSTOP)
-            steps = running.steps_done()
-            if steps >= until:
+            if running.steps_done() >= until:
                 os.kill(pids[rank], signal.SIGCONT)
                 break
             os.kill(pids[rank], signal.SIGKILL)

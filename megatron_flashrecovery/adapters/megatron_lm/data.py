@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from megatron_flashrecovery.adapters.megatron_lm.tape import Tape
-from megatron_flashrecovery.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,6 @@ class Data:
 
 def _validated(options: Any) -> int:
     return 0 if options.full_validation or options.skip_train else int(options.consumed_valid_samples)
-
-
-def refuse_external(options: Any) -> None:
-    if options.dataloader_type == "external":
-        raise ConfigError(
-            "--enable-flash-recovery with --dataloader-type external: nobody but its author can open that loader in "
-            "the middle, which a replacement needs; use single or cyclic"
-        )
 
 
 @contextmanager

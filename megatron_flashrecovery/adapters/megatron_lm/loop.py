@@ -106,7 +106,8 @@ class Loop:
             result = original(*args, **named)
             self._position.was_hooked = all(map(is_hooked, self._model))
             self._framework.end_step()
-            return results.to_record(result, self._is_reporting())
+            # On the last stage everybody knows the loss; whose record is shown is the session's affair.
+            return results.to_record(result, bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True)))
 
         is_answered = self._position.step > step
         record = self._session.run_step(step, call)
@@ -191,10 +192,6 @@ class Loop:
             if newest > self._checkpoint:
                 self._checkpoint = newest
                 self._session.checkpoint_written(newest)
-
-    def _is_reporting(self) -> bool:
-        """On the last stage everybody knows the loss; one replica is enough to report it."""
-        return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
 
 
 def _everyone_trains(model: list[Any]) -> bool:

@@ -127,6 +127,7 @@ def _lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
         if not is_known:
             causes[loss.rank] = loss.cause
             job.vault[loss.rank] = kept
+            job.note_kept(kept)
     return _lose(job, causes, now)
 
 
@@ -340,9 +341,7 @@ def _resume(job: Job, phase: Executing, now: float) -> list[Command]:
     assert job.timeline is not None
     step = phase.plan.resume_step
     job.recoveries.append(job.timeline.close(phase.plan, now))
-    if job.last_resume is None or step > job.last_resume:
-        job.setbacks.clear()
-    job.last_resume = Step(step)
+    job.note_resume(step)
     job.rounds = 0
     job.begin_anew()
     job.phase = Training()

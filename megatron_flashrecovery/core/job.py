@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_flashrecovery.core.errors import ConfigError
@@ -58,6 +58,8 @@ class Job:
         self.restarts = 0
         self.story: deque[tuple[float, Epoch, str, Event]] = deque(maxlen=60)
         self.last_resume: Step | None = None
+        self.newest_kept: Step | None = None
+        """The newest step of all that lost workers ever left."""
         self.setbacks: Counter[Rank] = Counter()
         """How often each seat was lost since the job last made progress."""
         self.rounds = 0
@@ -89,6 +91,20 @@ class Job:
         """Ranks whose step in progress goes on with void contents."""
         self.failed: Counter[tuple[Rank, Origin, Step]] = Counter()
         """How often a rank could not be restored from a source."""
+
+    def note_resume(self, step: Step) -> None:
+        """Everybody goes on from here. Further on than the last time is progress."""
+        if self.last_resume is None or step > self.last_resume:
+            self.setbacks.clear()
+        self.last_resume = step
+
+    def note_kept(self, steps: Iterable[Step]) -> None:
+        """What a lost worker left tells of steps that were completed since the last recovery. It can do so once for each
+        step: what is done again after going back is no progress, and neither is a second loss in the same recovery."""
+        newest = max(steps, default=None)
+        if newest is not None and (self.newest_kept is None or newest > self.newest_kept):
+            self.newest_kept = newest
+            self.setbacks.clear()
 
     def next_number(self) -> OrderNumber:
         self.number = OrderNumber(self.number + 1)

@@ -106,6 +106,23 @@ def test_a_seat_that_is_lost_again_and_again_falls_back():
     ]
 
 
+@pytest.mark.parametrize(("kept", "is_progress"), [((4, 5), False), ((8, 9), True), ((), False)])
+def test_steps_that_were_completed_before_a_loss_are_progress(kept, is_progress):
+    job = draining_job(3)
+    play(job, CheckpointWritten(4), lost(B, 3, kept=(4, 5), life=2))
+    job.setbacks.update({2: 2})
+    commands = play(job, lost(B, 2, kept=kept))
+    assert isinstance(commands[0], Park if is_progress else RestartAll)
+
+
+def test_losses_in_one_recovery_tell_of_the_same_step_once():
+    job = draining_job(3)
+    play(job, CheckpointWritten(4), lost(B, 3, kept=(8, 9), life=2))
+    play(job, lost(B, 3, kept=(8, 9), life=3))
+    commands = play(job, lost(B, 3, kept=(8, 9), life=4))
+    assert isinstance(commands[0], RestartAll)
+
+
 # --- deadlines -------------------------------------------------------------------------------------------------------
 
 

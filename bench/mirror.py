@@ -1,6 +1,8 @@
 """How fast a snapshot is copied, fingerprinted and mirrored, beside one plain gloo stream between the same processes.
 
-A mirror is done when its host has verified and committed it; what gloo sends is done when the receiver says so.
+A mirror is done when its host has verified and committed it; what gloo sends is done when the receiver says so. `link`
+goes through the loopback interface, as between two machines; `nearby` is what ranks of one machine do: the host copies
+out of memory that the guest lends.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from bench.report import Figure, write
-from megatron_flashrecovery.comm.mirror_link import TcpLinks
+from megatron_flashrecovery.comm.mirror_link import SocketLinks
+from megatron_flashrecovery.comm.mirror_memory import Lent
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.state.content import needed_bytes
 from megatron_flashrecovery.state.guest_store import GuestStore
@@ -36,6 +39,8 @@ _PIECES = 16
 _TIMEOUT = 120.0
 _GIB = 1 << 30
 _TOKEN = b"bench"
+_LINKS = {"link": SocketLinks(_TOKEN, nearby=False), "nearby": SocketLinks(_TOKEN)}
+_ORDERS = (("link", "gloo", "nearby"), ("nearby", "gloo", "link"))
 
 _Result = TypeVar("_Result")
 Seconds: TypeAlias = "dict[str, list[float]]"
@@ -65,8 +70,8 @@ def figures(guest: Mapping[str, Sequence[float]], host: Mapping[str, Sequence[fl
     ratio = statistics.median(plain / link for plain, link in zip(guest["gloo"], guest["link"], strict=True))
     return [
         Figure("mirror link / plain gloo, throughput", ratio, "", at_least=0.8),
-        *(Figure(f"{name}, throughput", rate(name), "GiB/s") for name in ("copy", "seal", "link", "gloo")),
-        *(Figure(f"{name}, CPU time", cpu(name), "s/GiB") for name in ("copy", "seal", "link", "gloo")),
+        *(Figure(f"{name}, throughput", rate(name), "GiB/s") for name in ("copy", "seal", "link", "nearby", "gloo")),
+        *(Figure(f"{name}, CPU time", cpu(name), "s/GiB") for name in ("copy", "seal", "link", "nearby", "gloo")),
     ]
 
 
@@ -96,52 +101,60 @@ def _guest(rank: int, store: str, parent: Connection) -> None:
     _set_up(rank, store)
     pieces = [TensorPiece(f"piece {n}", torch.rand(NBYTES // 4 // _PIECES), unique=True) for n in range(_PIECES)]
     vault = Vault()
-    memory = Memory(vault.reserve({Holding(Rank(0)): needed_bytes(pieces, {})})[Holding(Rank(0))])
+    fd = vault.reserve({Holding(Rank(0)): needed_bytes(pieces, {})})[Holding(Rank(0))]
+    memory = Memory(fd)
     own = Snapshots(Rank(0), memory.slots)
     plain = torch.rand(NBYTES // 4)
-    address: list[str] = [""]
-    dist.broadcast_object_list(address, src=1)
-    link = TcpLinks(_TOKEN).connect(address[0], Rank(0), Epoch(0), _TIMEOUT)
+    addresses: list[dict[str, str]] = [{}]
+    dist.broadcast_object_list(addresses, src=1)
+    links = {
+        name: of.connect(addresses[0][name], Rank(0), Epoch(0), _TIMEOUT, Lent(fd, memory.view))
+        for name, of in _LINKS.items()
+    }
     seconds: Seconds = {}
     for step in map(Step, range(-2, SAMPLES)):  # two to warm up: both slots
         with_samples = seconds if step >= 0 else {}
         _time(with_samples, "copy", partial(own.capture, step, Epoch(0), pieces, {}))
         offer = _time(with_samples, "seal", partial(own.seal, step))
         content = own.content(step)[1]
-        for name in ("gloo", "link") if step % 2 else ("link", "gloo"):
+        for name in _ORDERS[step % 2]:
             dist.barrier()
             if name == "gloo":
                 _time(with_samples, name, lambda: (dist.send(plain, 1), dist.recv(torch.empty(1), 1)))
             else:
-                _time(with_samples, name, partial(link.offer, offer, content, _TIMEOUT))
+                _time(with_samples, name, partial(links[name].offer, offer, content, _TIMEOUT))
             dist.barrier()
-    link.close()
+    for link in links.values():
+        link.close()
     parent.send(seconds)
     dist.destroy_process_group()
 
 
 def _host(rank: int, store: str, parent: Connection) -> None:
     _set_up(rank, store)
-    holding = Holding(Rank(0), host=Rank(1))
     pieces = [TensorPiece("piece", torch.empty(NBYTES // 4), unique=True)]
     vault = Vault()
-    memory = Memory(vault.reserve({holding: needed_bytes(pieces, {}) + (1 << 16)})[holding])
-    guests = GuestStore(Rank(1))
-    guests.add(Rank(0), memory.slots)
-    server = TcpLinks(_TOKEN).serve(Rank(1), guests)
-    dist.broadcast_object_list([server.address], src=1)
+    servers = {}
+    for number, (name, links) in enumerate(_LINKS.items(), start=1):
+        holding = Holding(Rank(0), host=Rank(number))
+        memory = Memory(vault.reserve({holding: needed_bytes(pieces, {}) + (1 << 16)})[holding])
+        guests = GuestStore(Rank(1))
+        guests.add(Rank(0), memory.slots)
+        servers[name] = links.serve(Rank(1), guests)
+    dist.broadcast_object_list([{name: server.address for name, server in servers.items()}], src=1)
     seconds: Seconds = {}
     plain = torch.rand(NBYTES // 4)
     for step in range(-2, SAMPLES):
         with_samples = seconds if step >= 0 else {}
-        for name in ("gloo", "link") if step % 2 else ("link", "gloo"):
+        for name in _ORDERS[step % 2]:
             dist.barrier()
             if name == "gloo":
                 _time(with_samples, name, lambda: (dist.recv(plain, 0), dist.send(torch.empty(1), 0)))
                 dist.barrier()
             else:
                 _time(with_samples, name, dist.barrier)
-    server.close()
+    for server in servers.values():
+        server.close()
     parent.send(seconds)
     dist.destroy_process_group()
 

@@ -44,16 +44,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Hello:
-    """``request`` is what a replacement wants; without one, ``rank`` is a guest that will offer its snapshots."""
+    """``request`` is what a replacement wants; without one, ``rank`` is a guest that will offer its snapshots.
+    ``lends``: the descriptor of its memory follows the welcome, and its offers say where in it their bytes are."""
 
     rank: Rank
     epoch: Epoch
     request: Request | None = None
+    lends: bool = False
 
 
 @dataclass(frozen=True)
 class Welcome:
     rank: Rank
+
+
+@dataclass(frozen=True)
+class OfferInPlace:
+    """``offset`` counts in the memory that the guest has lent."""
+
+    offer: Offer
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Fingerprint:
     value: bytes
 
 
-CODEC = Codec((Welcome, Acknowledged, Refused, Fingerprint, Offer))
+CODEC = Codec((Welcome, Acknowledged, Refused, Fingerprint, Offer, OfferInPlace))
 
 
 class Stranger(Exception):
@@ -127,4 +137,4 @@ def heard(message: object, *expected: type) -> object:
 
 
 def _mac(token: bytes, *parts: bytes) -> bytes:
-    return hmac.new(token, b"flashrecovery mirror 1\0" + b"".join(parts), hashlib.sha256).digest()
+    return hmac.new(token, b"flashrecovery mirror 2\0" + b"".join(parts), hashlib.sha256).digest()

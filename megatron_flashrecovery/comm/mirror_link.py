@@ -17,13 +17,16 @@ from megatron_flashrecovery.comm.mirror_hello import (
     Acknowledged,
     Fingerprint,
     Hello,
+    OfferInPlace,
     Refused,
     Request,
     heard,
     introduce,
 )
+from megatron_flashrecovery.comm.mirror_memory import Lent
 from megatron_flashrecovery.comm.mirror_server import MirrorServer
-from megatron_flashrecovery.comm.mirror_stream import Address, Deadline, Stream, connect
+from megatron_flashrecovery.comm.mirror_sockets import Address, connect, connect_nearby
+from megatron_flashrecovery.comm.mirror_stream import Deadline, Stream
 from megatron_flashrecovery.core.errors import LinkLost, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Epoch, Rank
 from megatron_flashrecovery.core.snapshot import Offer, Sink
@@ -62,61 +65,76 @@ class Server(Protocol):
 
 
 class Links(Protocol):
-    """A way to make links: ``TcpLinks``, or ``testing.memory_link``."""
+    """A way to make links: ``SocketLinks``, or ``testing.memory_link``."""
 
     def serve(self, rank: Rank, sink: Sink) -> Server: ...
 
-    def connect(self, address: str, rank: Rank, epoch: Epoch, timeout: float) -> Link: ...
+    def connect(self, address: str, rank: Rank, epoch: Epoch, timeout: float, lent: Lent | None = None) -> Link:
+        """``lent``: the memory of all that will be offered. A host on the same machine copies it from there."""
 
     def fetch(self, address: str, request: Request, into: Into, timeout: float) -> Offer:
         """Returns what was given, with its fingerprint, once all bytes are where ``into`` said."""
 
 
-class TcpLinks:
-    """``token`` is the job's: nobody else is listened to. ``host`` is the address of this node for the others."""
+class SocketLinks:
+    """``token`` is the job's: nobody else is listened to. ``host`` is the address of this node for the others. Without
+    ``nearby`` two ranks on one machine talk as if they were on two, over TCP."""
 
-    def __init__(self, token: bytes, host: str = "127.0.0.1") -> None:
+    def __init__(self, token: bytes, host: str = "127.0.0.1", nearby: bool = True) -> None:
         self._token = token
         self._host = host
+        self._nearby = nearby
 
     def serve(self, rank: Rank, sink: Sink) -> MirrorServer:
-        return MirrorServer(rank, self._token, sink, self._host)
+        return MirrorServer(rank, self._token, sink, self._host, self._nearby)
 
-    def connect(self, address: str, rank: Rank, epoch: Epoch, timeout: float) -> MirrorLink:
-        return MirrorLink(self._introduced(address, Hello(rank, epoch), Deadline(timeout)), rank, epoch)
+    def connect(self, address: str, rank: Rank, epoch: Epoch, timeout: float, lent: Lent | None = None) -> MirrorLink:
+        deadline = Deadline(timeout)
+        stream, is_near = self._reach(address, deadline)
+        lent = lent if is_near else None
+        try:
+            introduce(stream, self._token, Hello(rank, epoch, lends=lent is not None), deadline)
+            if lent is not None:
+                stream.send_descriptor(lent.fd, deadline)
+        except BaseException:
+            stream.close()
+            raise
+        return MirrorLink(stream, rank, epoch, lent)
 
     def fetch(self, address: str, request: Request, into: Into, timeout: float) -> Offer:
         deadline = Deadline(timeout)
-        stream = self._introduced(address, Hello(request.rank, request.epoch, request), deadline)
+        stream, _ = self._reach(address, deadline)
         try:
+            introduce(stream, self._token, Hello(request.rank, request.epoch, request), deadline)
             return _take(stream, into, deadline)
         finally:
             stream.close()
 
-    def _introduced(self, address: str, hello: Hello, deadline: Deadline) -> Stream:
-        stream = connect(Address.parse(address), CODEC, deadline)
-        try:
-            introduce(stream, self._token, hello, deadline)
-        except BaseException:
-            stream.close()
-            raise
-        return stream
+    def _reach(self, address: str, deadline: Deadline) -> tuple[Stream, bool]:
+        """Whoever serves at ``address``, and whether that is on this machine."""
+        where = Address.parse(address)
+        stream = connect_nearby(where, CODEC) if self._nearby else None
+        return (stream, True) if stream is not None else (connect(where, CODEC, deadline), False)
 
 
 class MirrorLink:
-    """A ``Link`` over TCP."""
+    """A ``Link`` over a connection, which carries the content unless that lies in memory that is ``lent``."""
 
-    def __init__(self, stream: Stream, rank: Rank, epoch: Epoch) -> None:
+    def __init__(self, stream: Stream, rank: Rank, epoch: Epoch, lent: Lent | None = None) -> None:
         self._stream = stream
         self._rank = rank
         self._epoch = epoch
+        self._lent = lent
 
     def offer(self, offer: Offer, content: memoryview, timeout: float) -> None:
         assert len(content) == offer.nbytes, f"{len(content)} bytes for an offer of {offer.nbytes}"
         offer = replace(offer, id=replace(offer.id, epoch=self._epoch))
         deadline = Deadline(timeout)
         try:
-            self._stream.say(offer, deadline, content)
+            if self._lent is None:
+                self._stream.say(offer, deadline, content)
+            else:
+                self._stream.say(OfferInPlace(offer, self._lent.offset_of(content)), deadline)
             answer = heard(self._stream.hear(deadline), Acknowledged)
         except LinkLost as lost:
             self.close()

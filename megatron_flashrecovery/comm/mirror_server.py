@@ -1,13 +1,14 @@
-"""The host's end of the data plane: one listener per worker, one thread per connection."""
+"""The host's end of the data plane: one thread per listener, and one per connection."""
 
 from __future__ import annotations
 
 import logging
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import xxhash
 
@@ -16,6 +17,7 @@ from megatron_flashrecovery.comm.mirror_hello import (
     Acknowledged,
     Fingerprint,
     Hello,
+    OfferInPlace,
     Refused,
     Request,
     Stranger,
@@ -23,7 +25,9 @@ from megatron_flashrecovery.comm.mirror_hello import (
     admit,
     heard,
 )
-from megatron_flashrecovery.comm.mirror_stream import Address, Deadline, Stream, prepare
+from megatron_flashrecovery.comm.mirror_memory import Borrowed
+from megatron_flashrecovery.comm.mirror_sockets import listen
+from megatron_flashrecovery.comm.mirror_stream import Deadline, Digest, Stream
 from megatron_flashrecovery.core.errors import LinkLost, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Epoch, Rank
 from megatron_flashrecovery.core.snapshot import Offer, Sink
@@ -48,10 +52,48 @@ class _Connection:
     given: threading.Event = field(default_factory=threading.Event)
 
 
-class MirrorServer:
-    """A ``Server`` over TCP. ``sink`` is called on the connections' threads, for one guest on one at a time."""
+class _Content(Protocol):
+    """The bytes of one offer, wherever they are."""
 
-    def __init__(self, rank: Rank, token: bytes, sink: Sink, host: str) -> None:
+    def fill(self, room: memoryview, digest: Digest) -> None: ...
+
+    def skip(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """They follow the offer on its connection, and must leave it."""
+
+    stream: Stream
+    nbytes: int
+    deadline: Deadline
+
+    def fill(self, room: memoryview, digest: Digest) -> None:
+        self.stream.receive_into(room, self.deadline, digest)
+
+    def skip(self) -> None:
+        self.stream.drain(self.nbytes, self.deadline)
+
+
+@dataclass(frozen=True)
+class _InPlace:
+    """They stay in the memory of the guest; ``check`` raises once nobody wants them any more."""
+
+    memory: Borrowed
+    offset: int
+    check: Callable[[], None]
+
+    def fill(self, room: memoryview, digest: Digest) -> None:
+        self.memory.copy_into(room, self.offset, digest, self.check)
+
+    def skip(self) -> None:
+        pass
+
+
+class MirrorServer:
+    """A ``Server`` over sockets. ``sink`` is called on the connections' threads, for one guest on one at a time."""
+
+    def __init__(self, rank: Rank, token: bytes, sink: Sink, host: str, nearby: bool) -> None:
         self._rank = rank
         self._token = token
         self._sink = sink
@@ -61,10 +103,14 @@ class MirrorServer:
         self._connections: set[_Connection] = set()
         self._mirror_of: dict[Rank, _Connection] = {}
         self._waiting: dict[Request, _Connection] = {}
-        self._listener = _listening(host)
-        self.address = str(Address(host, self._listener.getsockname()[1]))
-        self._accepting = threading.Thread(target=self._accept, name=f"mirror-accept-{rank}", daemon=True)
-        self._accepting.start()
+        address, self._listeners = listen(host, nearby)
+        self.address = str(address)
+        self._accepting = [
+            threading.Thread(target=self._accept, args=(listener,), name=f"mirror-accept-{rank}", daemon=True)
+            for listener in self._listeners
+        ]
+        for thread in self._accepting:
+            thread.start()
 
     def open_epoch(self, epoch: Epoch) -> None:
         with self._changed:
@@ -92,28 +138,30 @@ class MirrorServer:
             self._closed = True
             connections = list(self._connections)
             self._changed.notify_all()
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        for listener in self._listeners:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
         for connection in connections:
             connection.stream.close()
             connection.given.set()
-        self._accepting.join(_CLOSE_TIMEOUT)
-        self._listener.close()
+        for thread, listener in zip(self._accepting, self._listeners, strict=True):
+            thread.join(_CLOSE_TIMEOUT)
+            listener.close()
         for connection in connections:
             if connection.thread is not None and connection.thread is not threading.current_thread():
                 connection.thread.join(_CLOSE_TIMEOUT)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                sock, peer = self._listener.accept()
+                sock, peer = listener.accept()
             except OSError as error:
                 with self._changed:
                     if self._changed.wait_for(lambda: self._closed, _ACCEPT_PAUSE):
                         return
                 logger.warning("rank=%s cannot take a mirror link: %s", self._rank, error.strerror)
                 continue
-            connection = _Connection(Stream(sock, CODEC), str(peer[0]))
+            connection = _Connection(Stream(sock, CODEC), str(peer[0]) if peer else "this machine")
             connection.thread = threading.Thread(
                 target=self._serve, args=(connection,), name=f"mirror-{self._rank}", daemon=True
             )
@@ -130,10 +178,10 @@ class MirrorServer:
             if not self._take_place(connection, hello):
                 return
             connection.stream.say(Welcome(self._rank), Deadline(_HELLO_TIMEOUT))
-            if hello.request is None:
-                while True:
-                    self._receive(connection.stream, hello)
-            self._wait_for_giver(connection, hello.request)
+            if hello.request is not None:
+                self._wait_for_giver(connection, hello.request)
+            else:
+                self._receive(connection.stream, hello)
         except Stranger as stranger:
             logger.warning("rank=%s mirror link from %s not admitted: %s", self._rank, connection.peer, stranger)
         except LinkLost as lost:
@@ -162,33 +210,47 @@ class MirrorServer:
         return True
 
     def _receive(self, stream: Stream, hello: Hello) -> None:
-        """One offer. Its first word may take a whole step to come: the kernel's keepalive watches meanwhile."""
-        offer = heard(stream.hear(Deadline(None)), Offer)
-        assert isinstance(offer, Offer)
-        deadline = Deadline(_TRANSFER_TIMEOUT)
+        """Offers, one after the other."""
+        borrowed = Borrowed(stream.receive_descriptor(Deadline(_HELLO_TIMEOUT))) if hello.lends else None
+        try:
+            while True:
+                # The first word may take a whole step to come: the kernel's keepalive watches meanwhile.
+                said = heard(stream.hear(Deadline(None)), Offer if borrowed is None else OfferInPlace)
+                deadline = Deadline(_TRANSFER_TIMEOUT)
+                if borrowed is None:
+                    assert isinstance(said, Offer)
+                    answer = self._answer(hello, said, _Sent(stream, said.nbytes, deadline))
+                else:
+                    assert isinstance(said, OfferInPlace)
+                    answer = self._answer(hello, said.offer, _InPlace(borrowed, said.offset, stream.check))
+                stream.say(answer, deadline)
+        finally:
+            if borrowed is not None:
+                borrowed.close()
+
+    def _answer(self, hello: Hello, offer: Offer, content: _Content) -> Acknowledged | Refused:
         if (offer.id.rank, offer.id.epoch) != (hello.rank, hello.epoch):
             raise LinkLost(f"rank {hello.rank} of epoch {hello.epoch} offers {offer.id}")
         try:
-            self._fill(stream, offer, deadline)
+            self._take(offer, content)
         except SnapshotMismatch as mismatch:
-            stream.say(Refused(str(mismatch)), deadline)
-        else:
-            stream.say(Acknowledged(offer.id.step, offer.id.epoch), deadline)
+            return Refused(str(mismatch))
+        return Acknowledged(offer.id.step, offer.id.epoch)
 
-    def _fill(self, stream: Stream, offer: Offer, deadline: Deadline) -> None:
+    def _take(self, offer: Offer, content: _Content) -> None:
         """The whole of the offer's bytes is read, whatever becomes of it."""
         try:
             room = self._sink.begin(offer)
         except SnapshotMismatch:
-            stream.drain(offer.nbytes, deadline)
+            content.skip()
             raise
         if room is None:
-            stream.drain(offer.nbytes, deadline)
+            content.skip()
             return
         complete = False
         try:
             digest = xxhash.xxh3_128()
-            stream.receive_into(room, deadline, digest)
+            content.fill(room, digest)
             if digest.digest() != offer.fingerprint:
                 raise SnapshotMismatch(f"snapshot of rank {offer.id.rank}, step {offer.id.step} arrived damaged")
             self._sink.commit(offer)
@@ -241,16 +303,3 @@ def _send_all(stream: Stream, offer: Offer, chunks: Iterable[memoryview], deadli
         sent += len(chunk)
     assert sent == offer.nbytes, f"{sent} bytes given of {offer.nbytes} announced"
     stream.say(Fingerprint(digest.digest()), deadline)
-
-
-def _listening(host: str) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        prepare(listener)
-        listener.bind((host, 0))
-        listener.listen()
-    except BaseException:
-        listener.close()
-        raise
-    return listener

@@ -1,15 +1,14 @@
-"""One TCP connection of the data plane: frames and long runs of bytes with deadlines, closed by any thread."""
+"""One connection of the data plane: frames and long runs of bytes with deadlines, closed by any thread."""
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from megatron_flashrecovery.comm.codec import Codec, UnknownMessage
@@ -19,12 +18,10 @@ Buffer: TypeAlias = "bytes | memoryview"
 
 _LENGTH = struct.Struct("!I")
 _FRAME_LIMIT_NBYTES = 16 << 20
-# Measured (`bench mirror`, loopback): with a larger socket buffer its bytes leave the cache before they are read, which
-# costs a quarter more CPU time; with shorter chunks the receiver wakes, and takes the GIL, too often.
+# Measured (`bench mirror`, loopback): with shorter chunks the receiver wakes, and takes the GIL, too often.
 _CHUNK_NBYTES = 4 << 20
-_SOCKET_BUFFER_NBYTES = 1 << 20
+_DESCRIPTOR = b"M"
 _TIMEVAL = struct.Struct("@ll")
-_KEEPALIVE_S = 10
 
 
 class Digest(Protocol):
@@ -51,20 +48,6 @@ class Deadline:
         return LinkLost(f"no answer within {self.seconds} s")
 
 
-@dataclass(frozen=True)
-class Address:
-    host: str
-    port: int
-
-    @staticmethod
-    def parse(text: str) -> Address:
-        host, _, port = text.rpartition(":")
-        return Address(host.strip("[]"), int(port))
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
 class Stream:
     """Owns ``sock``. One thread at a time sends or receives; ``close`` from any other makes that raise ``LinkLost``."""
 
@@ -75,6 +58,7 @@ class Stream:
         self._sock = sock
         self._codec = codec
         self._in_use = threading.Lock()
+        self._ended = False
 
     def send(self, parts: Sequence[Buffer], deadline: Deadline) -> None:
         """All of the parts, in as few calls as the kernel takes."""
@@ -125,7 +109,40 @@ class Stream:
         except UnknownMessage as error:
             raise LinkLost(str(error)) from None
 
+    def send_descriptor(self, fd: int, deadline: Deadline) -> None:
+        """Within this machine: the other end gets its own descriptor of what ``fd`` is."""
+        with self._in_use:
+            self._limit(socket.SO_SNDTIMEO, deadline)
+            try:
+                socket.send_fds(self._sock, [_DESCRIPTOR], [fd], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                raise deadline.missed() from None
+            except OSError as error:
+                raise LinkLost(f"lending memory: {error.strerror}") from None
+
+    def receive_descriptor(self, deadline: Deadline) -> int:
+        """The caller's to close."""
+        with self._in_use:
+            self._limit(socket.SO_RCVTIMEO, deadline)
+            try:
+                said, fds, _, _ = socket.recv_fds(self._sock, len(_DESCRIPTOR), 1)
+            except BlockingIOError:
+                raise deadline.missed() from None
+            except OSError as error:
+                raise LinkLost(f"borrowing memory: {error.strerror}") from None
+        if (said, len(fds)) != (_DESCRIPTOR, 1):
+            for fd in fds:
+                os.close(fd)
+            raise LinkLost("memory was to be lent, and no descriptor came")
+        return fds[0]
+
+    def check(self) -> None:
+        """For who works for long without a word. Raises ``LinkLost`` if this end was closed meanwhile."""
+        if self._ended:
+            raise LinkLost("closed here")
+
     def close(self) -> None:
+        self._ended = True
         # Shutting down wakes whoever is inside; the descriptor goes only once nobody is, lest it be reused under them.
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -153,44 +170,6 @@ class Stream:
             )
         except OSError as error:
             raise LinkLost(f"closed here: {error.strerror}") from None
-
-
-def connect(address: Address, codec: Codec, deadline: Deadline) -> Stream:
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, where = found[0]
-        sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise LinkLost(f"{address}: {error.strerror}") from None
-    try:
-        prepare(sock)
-        sock.settimeout(deadline.left())
-        sock.connect(where)
-    except OSError as error:
-        sock.close()
-        raise LinkLost(f"connecting to {address}: {error.strerror or 'no answer'}") from None
-    return Stream(sock, codec)
-
-
-def prepare(sock: socket.socket) -> None:
-    """Before it listens or connects: the window is settled then. What is accepted inherits all of this."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for option, limit in ((socket.SO_SNDBUF, "wmem_max"), (socket.SO_RCVBUF, "rmem_max")):
-        # Where the kernel would cut it short, asking is worse than not asking: it ends the kernel's own tuning.
-        if _limit_of(limit) >= _SOCKET_BUFFER_NBYTES:
-            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_NBYTES)
-    # A guest may say nothing for a whole step. Whether its machine still exists, the kernel asks meanwhile.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
-        sock.setsockopt(socket.IPPROTO_TCP, option, _KEEPALIVE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-
-
-def _limit_of(name: str) -> int:
-    try:
-        return int(Path("/proc/sys/net/core", name).read_text())
-    except OSError:
-        return 0
 
 
 def _without_first(parts: Iterable[memoryview], nbytes: int) -> Iterable[memoryview]:

@@ -99,8 +99,8 @@ class Job:
         self.last_resume = step
 
     def note_kept(self, steps: Iterable[Step]) -> None:
-        """What a lost worker left tells of steps that were completed since the last recovery. It can do so once for each
-        step: what is done again after going back is no progress, and neither is a second loss in the same recovery."""
+        """What a lost worker left tells of steps that were completed since the last recovery, once for each step: what
+        is done again after going back is no progress, and neither is a second loss in the same recovery."""
         newest = max(steps, default=None)
         if newest is not None and (self.newest_kept is None or newest > self.newest_kept):
             self.newest_kept = newest

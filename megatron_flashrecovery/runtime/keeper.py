@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_flashrecovery.comm.mirror_hello import Request
-from megatron_flashrecovery.comm.mirror_link import Link, TcpLinks, fetch_snapshot
+from megatron_flashrecovery.comm.mirror_link import Link, SocketLinks, fetch_snapshot
+from megatron_flashrecovery.comm.mirror_memory import Lent
 from megatron_flashrecovery.core.errors import LinkLost, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.runtime.bulletin import Bulletin
@@ -68,10 +69,11 @@ class Keeper:
         self._injector = injector
         self._unique = list(unique)
         self._own = Snapshots(seat.rank, memories.own.slots, copier_for(piece.tensor for piece in unique))
+        self._lent = Lent(memories.own_fd, memories.own.view)
         self._guests = GuestStore(seat.rank)
         for guest, memory in memories.guests.items():
             self._guests.add(guest, memory.slots)
-        self._links = TcpLinks(seat.token.encode(), _address_towards(seat.store_host))
+        self._links = SocketLinks(seat.token.encode(), _address_towards(seat.store_host))
         self._server = self._links.serve(seat.rank, self._guests)
         bulletin.post(_server_key(seat.rank), self._server.address.encode())
         self._epoch = seat.epoch
@@ -218,7 +220,7 @@ class Keeper:
         if self._link is not None:
             return self._link
         address = self._address_of(self.host)
-        link = self._links.connect(address, self._seat.rank, job.epoch, self._seat.execute_timeout)
+        link = self._links.connect(address, self._seat.rank, job.epoch, self._seat.execute_timeout, self._lent)
         with self._changed:
             if self._epoch == job.epoch:
                 self._link = link

@@ -40,9 +40,10 @@ _BERTH = msgspec.msgpack.Decoder(Berth)
 
 @dataclass(frozen=True)
 class Memories:
-    """Mapped, and held by the agent too."""
+    """Mapped, and held by the agent too. ``own_fd`` is what ``own`` maps, to be lent to its host."""
 
     own: Memory
+    own_fd: int
     guests: Mapping[Rank, Memory]
 
 
@@ -94,9 +95,10 @@ def take_memory(
     if granted.refusal is not None:
         raise ConfigError(granted.refusal)
     memories = [Memory(fd) for fd in fds]
-    for fd in fds:
+    own_fd, *guest_fds = fds
+    for fd in guest_fds:
         os.close(fd)  # the mapping stays
-    return Memories(memories[0], dict(zip(granted.guests, memories[1:], strict=True)))
+    return Memories(memories[0], own_fd, dict(zip(granted.guests, memories[1:], strict=True)))
 
 
 def _epoch_key(seat: dialogue.Seat, what: str, rank: Rank) -> str:

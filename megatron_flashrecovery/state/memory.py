@@ -17,13 +17,13 @@ class Memory:
         nbytes = os.fstat(fd).st_size
         # Populated: the first capture would otherwise take a page fault per 4 KiB, twenty times the copy itself.
         self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0))
-        self._view = memoryview(self._map)
+        self.view = memoryview(self._map)
         each = nbytes // SLOTS
-        self.slots: tuple[Slot, ...] = tuple(Slot(self._view[at * each : (at + 1) * each]) for at in range(SLOTS))
+        self.slots: tuple[Slot, ...] = tuple(Slot(self.view[at * each : (at + 1) * each]) for at in range(SLOTS))
 
     def close(self) -> None:
         """Unmap. Raises ``BufferError`` if somebody (a ``Snapshots`` not closed) still has views of it."""
         for slot in self.slots:
             slot.release()
-        self._view.release()
+        self.view.release()
         self._map.close()

@@ -11,6 +11,7 @@ import xxhash
 
 from megatron_flashrecovery.comm.mirror_hello import Request
 from megatron_flashrecovery.comm.mirror_link import Into
+from megatron_flashrecovery.comm.mirror_memory import Lent
 from megatron_flashrecovery.core.errors import LinkLost, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Epoch, Rank
 from megatron_flashrecovery.core.snapshot import Offer, Sink
@@ -38,7 +39,7 @@ class MemoryLinks:
         self._network.servers[address] = server
         return server
 
-    def connect(self, address: str, rank: Rank, epoch: Epoch, timeout: float) -> MemoryLink:
+    def connect(self, address: str, rank: Rank, epoch: Epoch, timeout: float, lent: Lent | None = None) -> MemoryLink:
         link = MemoryLink(self._server(address), rank, epoch, self._damage)
         link.server.admit(link)
         return link

@@ -9,9 +9,12 @@ import pytest
 import xxhash
 
 from megatron_flashrecovery.comm.mirror_hello import Request
-from megatron_flashrecovery.comm.mirror_link import TcpLinks, fetch_snapshot
+from megatron_flashrecovery.comm.mirror_link import SocketLinks, fetch_snapshot
+from megatron_flashrecovery.comm.mirror_memory import Lent
 from megatron_flashrecovery.core.errors import LinkLost, SnapshotMismatch
 from megatron_flashrecovery.core.snapshot import Offer, SnapshotId
+from megatron_flashrecovery.state.memory import Memory
+from megatron_flashrecovery.state.vault import Holding, Vault
 from megatron_flashrecovery.testing.memory_link import MemoryLinks, MemoryNetwork
 
 TOKEN = b"of this job"
@@ -49,9 +52,52 @@ class RecordingSink:
         self.abandoned.append(offer.id)
 
 
-@pytest.fixture(params=["tcp", "memory"])
+class LendingLinks(SocketLinks):
+    """Everything that is offered is put into memory that is lent."""
+
+    def __init__(self, lent: Lent) -> None:
+        super().__init__(TOKEN)
+        self._lent = lent
+
+    def connect(self, address, rank, epoch, timeout, lent=None):
+        link = super().connect(address, rank, epoch, timeout, self._lent)
+        assert link._lent is not None
+        return LendingLink(link, self._lent.view)
+
+
+class LendingLink:
+    def __init__(self, link, memory: memoryview) -> None:
+        self._link = link
+        self._memory = memory
+        self.close = link.close
+
+    def offer(self, offer, content, timeout) -> None:
+        with self._memory[5 << 20 : (5 << 20) + len(content)] as copy:
+            copy[:] = content
+            self._link.offer(offer, copy, timeout)
+
+
+@pytest.fixture(params=["tcp", "nearby", "lent", "memory"])
 def links(request):
-    return TcpLinks(TOKEN) if request.param == "tcp" else MemoryLinks(MemoryNetwork(), TOKEN)
+    match request.param:
+        case "tcp":
+            return SocketLinks(TOKEN, nearby=False)
+        case "nearby":
+            return SocketLinks(TOKEN)
+        case "lent":
+            return LendingLinks(request.getfixturevalue("lent_memory"))
+        case _:
+            return MemoryLinks(MemoryNetwork(), TOKEN)
+
+
+@pytest.fixture
+def lent_memory():
+    vault = Vault()
+    fd = vault.reserve({Holding(1): 32 << 20})[Holding(1)]
+    memory = Memory(fd)
+    yield Lent(fd, memory.view)
+    memory.close()
+    vault.close()
 
 
 @pytest.fixture

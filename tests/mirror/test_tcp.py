@@ -13,14 +13,16 @@ import pytest
 import xxhash
 
 from megatron_flashrecovery.comm.mirror_hello import CODEC, Hello, Stranger, admit, introduce
-from megatron_flashrecovery.comm.mirror_link import TcpLinks
-from megatron_flashrecovery.comm.mirror_stream import Address, Deadline, Stream, connect
+from megatron_flashrecovery.comm.mirror_link import SocketLinks
+from megatron_flashrecovery.comm.mirror_sockets import Address, connect
+from megatron_flashrecovery.comm.mirror_stream import Deadline, Stream
 from megatron_flashrecovery.core.errors import LinkLost
 from megatron_flashrecovery.core.snapshot import Offer, SnapshotId
 from megatron_flashrecovery.state.guest_store import GuestStore
 from megatron_flashrecovery.state.memory import Memory
 
 TOKEN, TIMEOUT = b"of this job", 20.0
+LINKS = SocketLinks(TOKEN, nearby=False)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def store():
 
 @pytest.fixture
 def server(store):
-    server = TcpLinks(TOKEN).serve(0, store)
+    server = LINKS.serve(0, store)
     yield server
     server.close()
 
@@ -57,7 +59,7 @@ def stream_to(server) -> Stream:
 
 def test_who_does_not_know_the_token_is_not_answered(server, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(LinkLost, match="token of this job"):
-        TcpLinks(b"of another job").connect(server.address, 1, 0, TIMEOUT)
+        SocketLinks(b"of another job").connect(server.address, 1, 0, TIMEOUT)
     server.close()
     assert "not admitted: wrong token" in caplog.text
 
@@ -104,11 +106,11 @@ def test_a_guest_tells_a_host_without_the_token():
 @pytest.mark.parametrize("sent_nbytes", [0, 1, 5000, 99_999])
 def test_a_guest_that_dies_half_way_leaves_its_older_mirror(server, store, sent_nbytes):
     whole = bytes(100_000)
-    link = TcpLinks(TOKEN).connect(server.address, 1, 0, TIMEOUT)
+    link = LINKS.connect(server.address, 1, 0, TIMEOUT)
     link.offer(offer_of(whole, step=1), memoryview(whole), TIMEOUT)
     link._stream.say(offer_of(whole, step=2), Deadline(TIMEOUT), whole[:sent_nbytes])
     link.close()
-    again = TcpLinks(TOKEN).connect(server.address, 1, 0, TIMEOUT)  # once admitted, the first one has ended
+    again = LINKS.connect(server.address, 1, 0, TIMEOUT)  # once admitted, the first one has ended
     assert store.steps() == {1: (1,)}
     again.offer(offer_of(whole, step=3), memoryview(whole), TIMEOUT)
     assert store.steps() == {1: (1, 3)}
@@ -119,7 +121,7 @@ def test_a_guest_that_is_killed_while_it_sends_is_no_harm(server, store):
     whole = bytes(500_000)
     pid = os.fork()
     if pid == 0:
-        link = TcpLinks(TOKEN).connect(server.address, 1, 0, TIMEOUT)
+        link = LINKS.connect(server.address, 1, 0, TIMEOUT)
         link.offer(offer_of(whole, step=1), memoryview(whole), TIMEOUT)
         link._stream.say(offer_of(whole, step=2), Deadline(TIMEOUT), whole[:250_000])
         os.kill(os.getpid(), signal.SIGKILL)
@@ -129,7 +131,7 @@ def test_a_guest_that_is_killed_while_it_sends_is_no_harm(server, store):
 
 
 def test_a_frame_that_is_none_of_ours_ends_the_link(server):
-    link = TcpLinks(TOKEN).connect(server.address, 1, 0, TIMEOUT)
+    link = LINKS.connect(server.address, 1, 0, TIMEOUT)
     link._stream.send([struct.pack("!I", 1 << 30)], Deadline(TIMEOUT))
     with pytest.raises(LinkLost):
         link._stream.receive(1, Deadline(TIMEOUT))
@@ -138,7 +140,7 @@ def test_a_frame_that_is_none_of_ours_ends_the_link(server):
 
 def test_an_epoch_that_opens_while_bytes_are_under_way_refuses_them(server, store):
     whole = bytes(100_000)
-    link = TcpLinks(TOKEN).connect(server.address, 1, 0, TIMEOUT)
+    link = LINKS.connect(server.address, 1, 0, TIMEOUT)
     link._stream.say(offer_of(whole), Deadline(TIMEOUT), whole[:50_000])
     store.open_epoch(1)
     server.open_epoch(1)
@@ -157,6 +159,6 @@ def test_a_peer_that_does_not_read_ends_a_send_at_its_deadline():
     listener.close()
 
 
-@pytest.mark.parametrize("text", ["127.0.0.1:80", "[::1]:80", "node-7:65535"])
+@pytest.mark.parametrize("text", ["127.0.0.1:80", "[::1]:80", "node-7:65535", "[::1]:80/name", "node-7:65535/name-0f"])
 def test_an_address_reads_as_it_is_written(text):
     assert str(Address.parse(text)) == text

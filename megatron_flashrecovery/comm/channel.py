@@ -12,6 +12,7 @@ import struct
 import threading
 
 from megatron_flashrecovery.comm.codec import Codec
+from megatron_flashrecovery.comm.descriptors import receive_with_descriptors, send_with_descriptors
 
 _HEADER = struct.Struct("!IB")
 _MAX_FRAME = 1 << 28
@@ -41,7 +42,7 @@ class Channel:
         frame = _HEADER.pack(len(body), len(fds)) + body
         with self._sending:
             try:
-                sent = socket.send_fds(self._sock, [frame], fds) if fds else self._sock.send(frame)
+                sent = send_with_descriptors(self._sock, frame, fds)
                 self._sock.sendall(memoryview(frame)[sent:])
             except OSError as error:
                 raise ChannelClosed(f"cannot send {type(message).__name__}: {error}") from error
@@ -63,7 +64,7 @@ class Channel:
     def fill(self) -> None:
         """Read what is there (blocks if nothing is). Raises ``ChannelClosed`` at the end."""
         try:
-            data, fds, _flags, _address = socket.recv_fds(self._sock, 1 << 18, _MAX_FDS)
+            data, fds = receive_with_descriptors(self._sock, 1 << 18, _MAX_FDS)
         except OSError as error:
             raise ChannelClosed(str(error)) from error
         self._fds.extend(fds)

@@ -45,7 +45,7 @@ class Request:
 @dataclass(frozen=True)
 class Hello:
     """``request`` is what a replacement wants; without one, ``rank`` is a guest that will offer its snapshots.
-    ``lends``: the descriptor of its memory follows the welcome, and its offers say where in it their bytes are."""
+    ``lends``: the descriptor of its memory follows and is answered, and its offers say where in it their bytes are."""
 
     rank: Rank
     epoch: Epoch

@@ -7,6 +7,7 @@ that is over) and ``SnapshotMismatch`` (the bytes: damaged, or not wanted).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol, TypeAlias
 
@@ -20,6 +21,7 @@ from megatron_flashrecovery.comm.mirror_hello import (
     OfferInPlace,
     Refused,
     Request,
+    Welcome,
     heard,
     introduce,
 )
@@ -90,12 +92,19 @@ class SocketLinks:
 
     def connect(self, address: str, rank: Rank, epoch: Epoch, timeout: float, lent: Lent | None = None) -> MirrorLink:
         deadline = Deadline(timeout)
-        stream, is_near = self._reach(address, deadline)
-        lent = lent if is_near else None
+        where = Address.parse(address)
+        near = connect_nearby(where, CODEC) if self._nearby and lent is not None else None
+        if near is not None and lent is not None:
+            with suppress(_NotLent):
+                return self._begin(near, rank, epoch, lent, deadline)
+        return self._begin(connect(where, CODEC, deadline), rank, epoch, None, deadline)
+
+    def _begin(self, stream: Stream, rank: Rank, epoch: Epoch, lent: Lent | None, deadline: Deadline) -> MirrorLink:
         try:
             introduce(stream, self._token, Hello(rank, epoch, lends=lent is not None), deadline)
             if lent is not None:
                 stream.send_descriptor(lent.fd, deadline)
+                _hear_whether_it_is_taken(stream, deadline)
         except BaseException:
             stream.close()
             raise
@@ -103,18 +112,13 @@ class SocketLinks:
 
     def fetch(self, address: str, request: Request, into: Into, timeout: float) -> Offer:
         deadline = Deadline(timeout)
-        stream, _ = self._reach(address, deadline)
+        where = Address.parse(address)
+        stream = (connect_nearby(where, CODEC) if self._nearby else None) or connect(where, CODEC, deadline)
         try:
             introduce(stream, self._token, Hello(request.rank, request.epoch, request), deadline)
             return _take(stream, into, deadline)
         finally:
             stream.close()
-
-    def _reach(self, address: str, deadline: Deadline) -> tuple[Stream, bool]:
-        """Whoever serves at ``address``, and whether that is on this machine."""
-        where = Address.parse(address)
-        stream = connect_nearby(where, CODEC) if self._nearby else None
-        return (stream, True) if stream is not None else (connect(where, CODEC, deadline), False)
 
 
 class MirrorLink:
@@ -168,6 +172,17 @@ def fetch_snapshot(links: Links, address: str, request: Request, sink: Sink, tim
     for complete in begun:
         sink.commit(complete)
     return offer
+
+
+class _NotLent(Exception):
+    """The host cannot read the memory that was lent."""
+
+
+def _hear_whether_it_is_taken(stream: Stream, deadline: Deadline) -> None:
+    answer = stream.hear(deadline)
+    if isinstance(answer, Refused) and not answer.over:
+        raise _NotLent(answer.reason)
+    heard(answer, Welcome)
 
 
 def _take(stream: Stream, into: Into, deadline: Deadline) -> Offer:

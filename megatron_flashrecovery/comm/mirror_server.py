@@ -211,7 +211,7 @@ class MirrorServer:
 
     def _receive(self, stream: Stream, hello: Hello) -> None:
         """Offers, one after the other."""
-        borrowed = Borrowed(stream.receive_descriptor(Deadline(_HELLO_TIMEOUT))) if hello.lends else None
+        borrowed = self._borrow(stream, hello.rank) if hello.lends else None
         try:
             while True:
                 # The first word may take a whole step to come: the kernel's keepalive watches meanwhile.
@@ -227,6 +227,24 @@ class MirrorServer:
         finally:
             if borrowed is not None:
                 borrowed.close()
+
+    def _borrow(self, stream: Stream, guest: Rank) -> Borrowed:
+        """The guest hears whether it may offer in place; if not, it comes again by another way."""
+        deadline = Deadline(_HELLO_TIMEOUT)
+        try:
+            borrowed = Borrowed(stream.receive_descriptor(deadline))
+        except LinkLost as lost:
+            logger.warning(
+                "rank=%s cannot borrow the memory of rank %s, which sends instead: %s", self._rank, guest, lost
+            )
+            stream.say(Refused(str(lost)), deadline)
+            raise
+        try:
+            stream.say(Welcome(self._rank), deadline)
+        except BaseException:
+            borrowed.close()
+            raise
+        return borrowed
 
     def _answer(self, hello: Hello, offer: Offer, content: _Content) -> Acknowledged | Refused:
         if (offer.id.rank, offer.id.epoch) != (hello.rank, hello.epoch):

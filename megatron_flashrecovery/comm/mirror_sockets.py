@@ -7,9 +7,11 @@ it (``mirror_memory``).
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_flashrecovery.comm.codec import Codec
@@ -20,6 +22,7 @@ from megatron_flashrecovery.core.errors import LinkLost
 # costs a quarter more CPU time.
 _SOCKET_BUFFER_NBYTES = 1 << 20
 _KEEPALIVE_S = 10
+_CREDENTIALS = struct.Struct("@iII")
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,15 @@ def listen(host: str, nearby: bool) -> tuple[Address, tuple[socket.socket, ...]]
         _prepare(listener)
         listener.bind((host, 0))
         listener.listen()
-        name = f"flashrecovery-mirror-{secrets.token_hex(16)}" if nearby else ""
-        address = Address(host, listener.getsockname()[1], name)
-        return address, (listener, _listening_nearby(name)) if nearby else (listener,)
     except BaseException:
         listener.close()
         raise
+    everywhere = Address(host, listener.getsockname()[1])
+    near = replace(everywhere, nearby=f"flashrecovery-mirror-{secrets.token_hex(16)}")
+    near_listener = _listening_nearby(near.nearby) if nearby else None
+    if near_listener is None:
+        return everywhere, (listener,)
+    return near, (listener, near_listener)
 
 
 def connect(address: Address, codec: Codec, deadline: Deadline) -> Stream:
@@ -78,25 +84,42 @@ def connect_nearby(address: Address, codec: Codec) -> Stream | None:
     """``None``: whoever listens at ``address`` is on another machine, or gone. That is known at once."""
     if not address.nearby:
         return None
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:
+        return None
     try:
         sock.setblocking(False)  # a full queue is no reason to wait either
         sock.connect(f"\0{address.nearby}")
+        # Once its owner has died, any user of this machine may take the name.
+        is_ours = _owner_of(sock) == os.geteuid()
     except OSError:
+        is_ours = False
+    if not is_ours:
         sock.close()
         return None
     return Stream(sock, codec)
 
 
-def _listening_nearby(name: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _listening_nearby(name: str) -> socket.socket | None:
+    """``None``: there can be no such socket here, and TCP will do."""
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:
+        return None
     try:
         listener.bind(f"\0{name}")
         listener.listen()
-    except BaseException:
+    except OSError:
         listener.close()
-        raise
+        return None
     return listener
+
+
+def _owner_of(sock: socket.socket) -> int:
+    """The user who listens at the other end."""
+    _pid, uid, _gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(uid)
 
 
 def _prepare(sock: socket.socket) -> None:

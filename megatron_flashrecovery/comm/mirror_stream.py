@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 from megatron_flashrecovery.comm.codec import Codec, UnknownMessage
+from megatron_flashrecovery.comm.descriptors import receive_with_descriptors, send_with_descriptors
 from megatron_flashrecovery.core.errors import LinkLost
 
 Buffer: TypeAlias = "bytes | memoryview"
@@ -114,7 +115,7 @@ class Stream:
         with self._in_use:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
-                socket.send_fds(self._sock, [_DESCRIPTOR], [fd], socket.MSG_NOSIGNAL)
+                send_with_descriptors(self._sock, _DESCRIPTOR, [fd])
             except BlockingIOError:
                 raise deadline.missed() from None
             except OSError as error:
@@ -125,7 +126,7 @@ class Stream:
         with self._in_use:
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
-                said, fds, _, _ = socket.recv_fds(self._sock, len(_DESCRIPTOR), 1)
+                said, fds = receive_with_descriptors(self._sock, len(_DESCRIPTOR), 1)
             except BlockingIOError:
                 raise deadline.missed() from None
             except OSError as error:

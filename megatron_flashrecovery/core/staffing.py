@@ -108,7 +108,7 @@ def restart(job: Job, reason: str, now: float) -> list[Command]:
     job.staffed.clear()
     job.setbacks.clear()
     job.rounds = 0
-    job.last_resume = None
+    job.last_resume = job.newest_kept = None
     job.begin_anew()
     job.seats.forget()
     order = RestartAll(job.epoch, reason, from_checkpoint=job.checkpoint is not None)

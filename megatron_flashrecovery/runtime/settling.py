@@ -40,7 +40,8 @@ _BERTH = msgspec.msgpack.Decoder(Berth)
 
 @dataclass(frozen=True)
 class Memories:
-    """Mapped, and held by the agent too. ``own_fd`` is what ``own`` maps, to be lent to its host."""
+    """Mapped, and held by the agent too. ``own_fd``, for reading only, is what its host
+    is lent of ``own``."""
 
     own: Memory
     own_fd: int
@@ -95,8 +96,8 @@ def take_memory(
     if granted.refusal is not None:
         raise ConfigError(granted.refusal)
     memories = [Memory(fd) for fd in fds]
-    own_fd, *guest_fds = fds
-    for fd in guest_fds:
+    own_fd = os.open(f"/proc/self/fd/{fds[0]}", os.O_RDONLY)
+    for fd in fds:
         os.close(fd)  # the mapping stays
     return Memories(memories[0], own_fd, dict(zip(granted.guests, memories[1:], strict=True)))
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy
 import pytest
 import xxhash
 
-from megatron_flashrecovery.comm.mirror_hello import CODEC, Hello, OfferInPlace, introduce
+from megatron_flashrecovery.comm import mirror_memory, mirror_server, mirror_sockets
+from megatron_flashrecovery.comm.descriptors import receive_with_descriptors, send_with_descriptors
+from megatron_flashrecovery.comm.mirror_hello import CODEC, Hello, OfferInPlace, Refused, introduce
 from megatron_flashrecovery.comm.mirror_link import SocketLinks
 from megatron_flashrecovery.comm.mirror_memory import Borrowed, Lent
 from megatron_flashrecovery.comm.mirror_sockets import Address, connect_nearby
@@ -43,7 +50,9 @@ def own(vault):
 
 @pytest.fixture
 def lent(vault, own):
-    return Lent(vault.fd(Holding(GUEST)), own.view)
+    fd = os.open(f"/proc/self/fd/{vault.fd(Holding(GUEST))}", os.O_RDONLY)
+    yield Lent(fd, own.view)
+    os.close(fd)
 
 
 @pytest.fixture
@@ -152,10 +161,11 @@ def test_a_file_is_no_memory(tmp_path):
         Borrowed(os.open(tmp_path / "file", os.O_RDWR))
 
 
-def test_a_promise_to_lend_without_a_descriptor_ends_the_link(server):
+def test_a_promise_to_lend_without_a_descriptor_is_refused_and_ends_the_link(server):
     stream = connect_nearby(Address.parse(server.address), CODEC)
     introduce(stream, TOKEN, Hello(GUEST, 0, lends=True), Deadline(TIMEOUT))
     stream.send([b"M"], Deadline(TIMEOUT))
+    assert stream.hear(Deadline(TIMEOUT)) == Refused("memory was to be lent, and no descriptor came")
     with pytest.raises(LinkLost):
         stream.hear(Deadline(TIMEOUT))
     stream.close()
@@ -174,3 +184,70 @@ def test_a_copy_ends_when_nobody_wants_it_any_more(own, lent):
         borrowed.copy_into(memoryview(room), 4096, xxhash.xxh3_128(), check)
     borrowed.close()
     assert 0 < len(room.rstrip(b"\0")) <= NBYTES // 4
+
+
+def test_a_host_that_cannot_read_what_was_lent_is_sent_the_bytes(server, store, own, lent, monkeypatch, caplog):
+    def refuse(fd: int) -> None:
+        os.close(fd)
+        raise LinkLost("no room for another map")
+
+    monkeypatch.setattr(mirror_server, "Borrowed", refuse)
+    link = SocketLinks(TOKEN).connect(server.address, GUEST, 0, TIMEOUT, lent)
+    assert link._lent is None
+    with own.slots[0].content(NBYTES) as content:
+        link.offer(offer_of(content, step=1), content, TIMEOUT)
+    link.close()
+    assert store.steps() == {GUEST: (1,)}
+    assert "cannot borrow the memory of rank 1, which sends instead: no room for another map" in caplog.text
+
+
+def test_an_epoch_that_opens_in_the_middle_of_a_copy_ends_it(server, store, own, lent, monkeypatch):
+    copied, begun, may_go_on = [], threading.Event(), threading.Event()
+    copyto = numpy.copyto
+
+    def slow_copy(to, source) -> None:
+        copied.append(len(source))
+        begun.set()
+        assert may_go_on.wait(TIMEOUT)
+        copyto(to, source)
+
+    monkeypatch.setattr(mirror_memory.numpy, "copyto", slow_copy)
+    link = SocketLinks(TOKEN).connect(server.address, GUEST, 0, TIMEOUT, lent)
+    with own.slots[0].content(NBYTES) as content, ThreadPoolExecutor(1) as aside:
+        offering = aside.submit(link.offer, offer_of(content, step=1), content, TIMEOUT)
+        assert begun.wait(TIMEOUT)
+        opening = threading.Thread(target=server.open_epoch, args=(1,))
+        opening.start()
+        with pytest.raises(LinkLost):
+            offering.result(TIMEOUT)
+        may_go_on.set()
+        opening.join(TIMEOUT)
+        server.close()
+    link.close()
+    assert len(copied) == 1
+    assert store.steps() == {GUEST: ()}
+
+
+def test_a_name_that_another_user_has_taken_is_not_talked_to(server, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert connect_nearby(Address.parse(server.address), CODEC) is None
+
+
+def test_without_descriptors_left_the_link_is_lost_and_not_the_worker(server, lent, monkeypatch):
+    def none_left(*_args, **_kwargs):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(mirror_sockets.socket, "socket", none_left)
+    with pytest.raises(LinkLost, match="Too many open files"):
+        SocketLinks(TOKEN).connect(server.address, GUEST, 0, TIMEOUT, lent)
+    monkeypatch.undo()
+
+
+def test_received_descriptors_are_not_inherited_by_programs(lent):
+    here, there = socket.socketpair()
+    assert send_with_descriptors(here, b"x", [lent.fd]) == 1
+    data, (fd,) = receive_with_descriptors(there, 10, 1)
+    assert (data, os.get_inheritable(fd)) == (b"x", False)
+    for end in (here, there):
+        end.close()
+    os.close(fd)

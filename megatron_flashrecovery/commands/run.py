@@ -41,8 +41,7 @@ UNSUPPORTED = {
     "--virtual-local-rank": "every rank sees all devices of its node",
     "--numa-binding": "bind the launcher itself, its workers inherit it",
     "--local-addr": "a node reaches the others by --master-addr",
-    "--signals-to-handle": "SIGTERM and SIGINT end the job in order",
-    "--shutdown-timeout": "workers that are told to end have a few seconds",
+    "--signals-to-handle": "SIGTERM is passed on to the workers, SIGINT ends the job at once",
 }
 
 
@@ -64,6 +63,7 @@ def add_arguments(parser: Arguments) -> None:
     add("--log-dir", type=Path, default=None, metavar="DIR", help="where the records and the workers' output go")
     add("--spares-per-node", type=int, default=0, metavar="K", help="workers that wait, imports done, for a seat")
     add("--no-preload", action="store_true", help="start every worker cold, without the imports done beforehand")
+    add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help=_SHUTDOWN)
     add("--inject", action="append", default=[], metavar="SPEC", help="a fault, as in kill:rank=5,step=6,at=backward")
     add("--overwrite", action="store_true", help="delete the records of an earlier run in --log-dir")
     for name, what in _DEADLINES.items():
@@ -72,6 +72,7 @@ def add_arguments(parser: Arguments) -> None:
     parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="flags of the script")
 
 
+_SHUTDOWN = "how long workers have to end by themselves after SIGTERM (30)"
 _DEADLINES = {
     "heartbeat-interval": "how often an agent tells the controller that its node lives",
     "heartbeat-timeout": "after how long a silent node is lost",
@@ -117,6 +118,7 @@ def launch_config(arguments: argparse.Namespace, environment: Mapping[str, str])
         spares_per_node=arguments.spares_per_node,
         log_dir=arguments.log_dir or _default_log_dir(),
         injections=tuple(Injection.parse(spec) for spec in arguments.inject),
+        shutdown_timeout=arguments.shutdown_timeout,
         preload=not arguments.no_preload,
         hooks=HOOKS if "--enable-flash-recovery" in arguments.script_args else (),
         deadlines=Deadlines(**{name: value for name, value in deadlines.items() if value is not None}),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import queue
 import select
+import signal
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -23,6 +25,7 @@ from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.errors import ConfigError, FlashRecoveryError
 from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.runtime import dialogue, node_messages
+from megatron_flashrecovery.runtime.departures import Departures
 from megatron_flashrecovery.runtime.injector import injection_orders
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.relay import merged, narrowed
@@ -32,7 +35,6 @@ from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
 from megatron_flashrecovery.state.vault import Holding, Vault
 
 _TICK = 0.05
-_LEAVE_TOGETHER = 2.0
 _CONFIG_EXIT = 2
 
 
@@ -66,16 +68,15 @@ class Agent:
         self._announced: dict[WorkerId, float] = {}
         self._fenced: dict[WorkerId, str] = {}
         self._fired: set[int] = set()
-        self._ended_well: set[Rank] = set()
-        self._late_failures: list[str] = []
-        self._leaving: dict[Rank, tuple[WorkerEnded, float]] = {}
-        self._released = False
+        self._departures = Departures(self.ranks)
+        self._end_by: float | None = None
         self._dismissal: node_messages.Dismiss | None = None
 
     def hear(self, message: object) -> None:
         """Called by the control stream, on its thread."""
         self._inbox.put(message)
-        os.write(self._wake_write, b"x")
+        with suppress(BlockingIOError):  # it is awake already
+            os.write(self._wake_write, b"x")
 
     def run(self, on_tick: Callable[[], None]) -> node_messages.Dismiss:
         """Until the controller dismisses this node."""
@@ -91,6 +92,8 @@ class Agent:
             self._keep_spares()
             self._tell_started()
             on_tick()
+            if self._end_by is not None and time.monotonic() >= self._end_by:
+                return self._out_of_patience()
         return self._dismissal
 
     # --- orders from the controller -----------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class Agent:
                 self._epoch, self._number = epoch, number
                 self._to_all(order)
             case core.Release(number=number):
-                self._number, self._released = number, True
+                self._number, self._departures.released = number, True
                 self._to_all(order)
             case core.Drain(number=number):
                 self._number = number
@@ -131,10 +134,34 @@ class Agent:
                     self._say(worker, replace(order, shares=tuple(s for s in shares if s.rank == rank)))
             case core.Fence(ranks=ranks, reason=reason, epoch=epoch):
                 self._fence(ranks, reason, epoch)
+            case signal.Signals():
+                self._pass_on(order)
             case node_messages.Dismiss():
                 self._dismissal = order
             case _:
                 raise AssertionError(f"the controller ordered {order}")
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        """To the workers alone: what they have started is theirs to end."""
+        self._departures.passed_on = number
+        seated = list(self._workers.seated())
+        for _rank, worker in seated:
+            self._workers.tell(worker, number)
+        self._control.send(node_messages.SignalPassedOn(self._node, number.name, len(seated)))
+        patience = self._config.shutdown_timeout
+        self._end_by = time.monotonic() + patience
+        print(
+            f"flashrecovery: {number.name}: passed on to {len(seated)} workers, which have {patience:g} s to end by "
+            f"themselves; a second signal ends them at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _out_of_patience(self) -> node_messages.Dismiss:
+        assert self._departures.passed_on is not None
+        late = ", ".join(map(str, self._departures.still_here()[:8])) or "of another node"
+        name = self._departures.passed_on.name
+        return node_messages.Dismiss(f"rank {late} had not ended {self._config.shutdown_timeout:g} s after {name}", 1)
 
     def _fence(self, ranks: tuple[Rank, ...], reason: str, epoch: Epoch) -> None:
         """Its end is told as a loss, for what it left in the vault counts."""
@@ -157,8 +184,7 @@ class Agent:
         self._startup.clear()
         self._reported.clear()
         self._described.clear()
-        self._ended_well.clear()
-        self._leaving.clear()
+        self._departures.begin_anew()
         if order.from_checkpoint:
             self._environment[FROM_CHECKPOINT] = "1"
         self._start(order.epoch, self.ranks, joining=False)
@@ -300,10 +326,9 @@ class Agent:
                 self._spares.remove(end.worker)
         for message in merged(told):
             self._control.send(message)
-        self._report_losses([end for end in ended if self._is_loss(end)] + self._stayed_alone())
-        if self._ended_well == set(self.ranks):
-            self._ended_well.clear()
-            self._control.send(node_messages.NodeDone(self._node, "; ".join(self._late_failures)))
+        self._report_losses([end for end in ended if self._is_loss(end)] + self._departures.stayed_alone())
+        if (result := self._departures.result()) is not None:
+            self._control.send(node_messages.NodeDone(self._node, result))
 
     def _hear_last_words(self, worker: Worker, told: list[object]) -> None:
         """What it still said before it died counts, and comes before its death."""
@@ -320,39 +345,13 @@ class Agent:
             return False
         if self._refuses_to_start(end):
             return False
-        if self._released or (end.status == 0 and not self._takes_part(worker)):
-            if end.status:
-                self._late_failures.append(f"rank {worker.rank} failed after its last step: {end.cause}")
-            self._ended_well.add(worker.seat.rank)
-            return False
-        if end.status == 0:
-            # Frameworks leave in the middle (a time limit, a signal), all ranks at once: then nothing was lost.
-            self._leaving[worker.seat.rank] = (end, time.monotonic() + _LEAVE_TOGETHER)
-            return False
-        return True
-
-    def _stayed_alone(self) -> list[WorkerEnded]:
-        """Ranks that left although others stay: to these they are lost."""
-        if self._leaving.keys() == set(self.ranks):
-            self._ended_well.update(self._leaving)
-            self._leaving.clear()
-        now = time.monotonic()
-        alone = [end for end, due in self._leaving.values() if now >= due]
-        for end in alone:
-            assert end.worker.rank is not None
-            del self._leaving[end.worker.rank]
-        return alone
+        return self._departures.is_loss(end, worker.rank in self._described or worker.rank in self._startup)
 
     def _report_losses(self, ended: list[WorkerEnded]) -> None:
         losses = tuple(self._loss(end) for end in ended)
         if losses:
             vault = {loss.rank: self._vault.committed(loss.rank) for loss in losses}
             self._control.send(core.WorkersLost(self._node, losses, vault))
-
-    def _takes_part(self, worker: Worker) -> bool:
-        """Whether the script has asked for recovery. One that has not runs as under torchrun: its end is its own
-        affair."""
-        return worker.rank in self._described or worker.rank in self._startup
 
     def _loss(self, end: WorkerEnded) -> core.Loss:
         rank, worker = end.worker.rank, end.worker
@@ -372,7 +371,7 @@ class Agent:
 
     def _keep_spares(self) -> None:
         """Spares are started once the seats are taken, so that they do not slow the start down."""
-        if len(self._startup) < len(self.ranks) or self._released:
+        if len(self._startup) < len(self.ranks) or self._departures.released or self._departures.passed_on:
             return
         while len(self._spares) < self._config.spares_per_node:
             self._spares.append(self._workers.start("spares.log"))

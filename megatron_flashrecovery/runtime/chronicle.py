@@ -21,6 +21,7 @@ from megatron_flashrecovery.core.waiting import whom_for
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Journal
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.status import LauncherNoted
 from megatron_flashrecovery.runtime.summary import (
     STEPS_NAME,
     GroupTally,
@@ -73,6 +74,7 @@ class Chronicle:
         """Nothing has happened yet."""
         seats = {node: tuple(sorted(ranks)) for node, ranks in job.seats.ranks_on.items()}
         self._journal.started(JobStarted(job.config, seats), time=time.time(), now=now)
+        self._journal.write("note", LauncherNoted.this_one(), time=time.time(), epoch=job.epoch)
 
     def record(self, event: core.Event, commands: Sequence[core.Command], job: Job, now: float) -> None:
         """The job has handled ``event``, and this is what it ordered. What comes after the end is not recorded."""

@@ -34,7 +34,7 @@ _GRACE = 5.0
 
 
 class Interruption(Exception):
-    """The launcher was told to end by a signal."""
+    """The launcher was told to end at once by a signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -54,8 +54,8 @@ def run(config: LaunchConfig) -> int:
         hooks=config.hooks,
     )
     try:
-        with _signals_raise(), _controller(config) as (address, stop_controller):
-            return _serve(config, workers, address, stop_controller)
+        with _signals() as told, _controller(config) as (address, stop_controller):
+            return _serve(config, workers, address, stop_controller, told)
     except Interruption as interruption:
         print(f"flashrecovery: {interruption}: ending {len(workers.living)} workers", file=sys.stderr, flush=True)
         return 128 + interruption.number
@@ -63,7 +63,9 @@ def run(config: LaunchConfig) -> int:
         workers.close(_GRACE)
 
 
-def _serve(config: LaunchConfig, workers: Workers, address: str, stop_controller: Callable[[], None]) -> int:
+def _serve(
+    config: LaunchConfig, workers: Workers, address: str, stop_controller: Callable[[], None], told: _Told
+) -> int:
     node = NodeId(f"node{config.node_rank}")
     print(
         f"flashrecovery: {config.nproc_per_node} workers here, records in {config.log_dir}", file=sys.stderr, flush=True
@@ -89,6 +91,8 @@ def _serve(config: LaunchConfig, workers: Workers, address: str, stop_controller
     stop_beating = threading.Event()
     threading.Thread(target=agent.beat, args=(stop_beating,), name="flashrecovery-heartbeat", daemon=True).start()
     echo = Echo(config.log_dir / "logs" / f"rank{config.world_size - 1}.log", sys.stdout)
+    if config.shutdown_timeout:
+        told.pass_on = agent.hear
     try:
         dismissal = agent.run(echo.follow)
         echo.follow()
@@ -99,7 +103,7 @@ def _serve(config: LaunchConfig, workers: Workers, address: str, stop_controller
         vault.close()
     if dismissal.failure:
         print(f"flashrecovery: the job stops: {dismissal.failure}", file=sys.stderr, flush=True)
-    return dismissal.exit_code
+    return dismissal.exit_code if told.first is None else 128 + told.first
 
 
 @contextmanager
@@ -174,16 +178,27 @@ def _worker_environment(config: LaunchConfig) -> Mapping[str, str]:
     return environment
 
 
+@dataclasses.dataclass
+class _Told:
+    """The signal that this launcher was told to end by, and who passes it on to the workers, once there are some."""
+
+    first: int | None = None
+    pass_on: Callable[[object], None] | None = None
+
+    def hear(self, number: int, _frame: FrameType | None) -> None:
+        if self.first is not None or self.pass_on is None or number == signal.SIGINT:
+            raise Interruption(number)
+        self.first = number
+        self.pass_on(signal.Signals(number))
+
+
 @contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGINT end the job in order, wherever the launcher is."""
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise Interruption(number)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+def _signals() -> Iterator[_Told]:
+    """SIGTERM lets the workers end by themselves; a second one, or SIGINT, ends them at once."""
+    told = _Told()
+    before = {number: signal.signal(number, told.hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -87,7 +87,8 @@ class LaunchConfig:
     """Torchrun's flags by torchrun's names, and what is ours.
 
     ``master_port`` 0 lets node 0 choose a free one, which only a job of one node can do. ``max_restarts`` bounds how
-    often *all* workers are started again; replacing lost ranks is not bounded. ``preload``: workers are forked from a
+    often *all* workers are started again; replacing lost ranks is not bounded. ``shutdown_timeout``: how long, in
+    seconds, workers have to end by themselves after SIGTERM. ``preload``: workers are forked from a
     process that has done the script's imports. ``hooks`` (``module:function``) are called in each process before the
     script is loaded. ``token`` is empty if the launcher is to draw one.
     """
@@ -105,6 +106,7 @@ class LaunchConfig:
     spares_per_node: int = 0
     log_dir: Path = Path("flashrecovery-logs")
     injections: tuple[Injection, ...] = ()
+    shutdown_timeout: float = 30.0
     preload: bool = True
     hooks: tuple[str, ...] = ()
     deadlines: Deadlines = field(default_factory=Deadlines)
@@ -125,6 +127,8 @@ class LaunchConfig:
                 f"FLASHRECOVERY_TOKEN is not set: --nnodes {self.nnodes} needs the same secret on each node, "
                 f"for instance from `openssl rand -hex 16`"
             )
+        if self.shutdown_timeout < 0:
+            raise ConfigError(f"--shutdown-timeout {self.shutdown_timeout}: give seconds, or 0 to end workers at once")
         for injection in self.injections:
             if injection.rank >= self.world_size:
                 raise ConfigError(

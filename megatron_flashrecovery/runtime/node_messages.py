@@ -107,8 +107,17 @@ class StartRefused:
 
 
 @dataclass(frozen=True)
+class SignalPassedOn:
+    """The launcher of this node was told to end, and has told its workers. Their ends are no losses from here on."""
+
+    node: NodeId
+    signal: str
+    workers: int
+
+
+@dataclass(frozen=True)
 class NodeDone:
-    """Every worker of this node has exited. ``failure`` names those that failed after their last step."""
+    """Every worker of this node has exited. ``failure`` says why that is not a good end."""
 
     node: NodeId
     failure: str = ""
@@ -133,6 +142,7 @@ FromAgent: TypeAlias = (
     | FinalNoted
     | WorkerStarted
     | StartRefused
+    | SignalPassedOn
     | NodeDone
 )
 ToAgent: TypeAlias = NodeWelcome | Dismiss

@@ -42,6 +42,8 @@ class Worker:
     """It has been said which process sits here."""
     doomed: bool = False
     """It was told to end: its end is no loss."""
+    told: signal.Signals | None = None
+    """What was passed on to it."""
 
     @property
     def rank(self) -> Rank | None:
@@ -159,6 +161,13 @@ class Workers:
                 os.kill(worker.pid, number)
             _end_group(worker.pid, number)
 
+    def tell(self, worker: Worker, number: signal.Signals) -> None:
+        """Signal it, and nothing that it has started. A worker that the fork server is about to make hears it, too."""
+        worker.told = number
+        if worker.pid is not None and worker.number in self._living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
+
     def poll(self) -> list[WorkerEnded]:
         """What has ended since the last call. Never waits."""
         ended = [] if self._server_channel is None else self._hear_server(self._server_channel)
@@ -248,6 +257,8 @@ class Workers:
                     worker.pid = pid
                     if worker.doomed:
                         self.kill(worker)
+                    elif worker.told is not None:
+                        self.tell(worker, worker.told)
                 case Ended(pid=pid, status=status):
                     ended += [self._end(worker, status) for worker in self.living if worker.pid == pid]
                 case _:

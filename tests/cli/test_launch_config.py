@@ -26,6 +26,7 @@ def test_the_fields_are_these_and_a_new_one_is_a_decision():
         "spares_per_node",
         "log_dir",
         "injections",
+        "shutdown_timeout",
         "preload",
         "hooks",
         "deadlines",

@@ -30,6 +30,7 @@ def config(*argv, **environment):
 def test_the_flags_are_these_and_a_new_one_is_a_decision():
     assert set(parser().flags()) - OURS == {
         "--help",
+        "--shutdown-timeout",
         "--nnodes",
         "--nproc-per-node",
         "--node-rank",

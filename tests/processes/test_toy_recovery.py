@@ -118,16 +118,6 @@ def test_a_replacement_killed_while_it_joins_is_replaced_again(tmp_path: Path, a
     assert recovery.epoch == 2, "the second loss opens a second epoch of the same recovery"
 
 
-def test_a_launcher_that_is_told_to_end_takes_its_workers_along(tmp_path: Path) -> None:
-    with started(Job(arguments=("--steps", "100000")), tmp_path / "run") as running:
-        running.wait_for(lambda: running.steps_done() > 3, "some steps")
-        pids = running.pids()
-        running.process.send_signal(signal.SIGTERM)
-        running.process.communicate(timeout=20)
-    assert running.process.returncode == 128 + signal.SIGTERM
-    assert not [pid for pid in pids.values() if Path(f"/proc/{pid}").exists()]
-
-
 def _wait_for_pid(running: Running, rank: int) -> int:
     running.wait_for(lambda: rank in running.pids(), f"rank {rank}")
     return running.pids()[rank]

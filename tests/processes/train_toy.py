@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_flashrecovery.core.ids import Step
@@ -29,8 +30,13 @@ def main() -> None:
     parser.add_argument("--leave-at", type=int, default=-1, help="exit with 0 before this step")
     parser.add_argument("--only-rank", type=int, help="and only this rank")
     parser.add_argument("--report", action="store_true", help="two guarded collectives behind every step")
+    parser.add_argument("--on-sigterm", choices=("leave", "ignore"), help="leave: all ranks, after the same step")
     parser.add_argument("--child", action="store_true", help="every rank starts a process that outlives it")
     args = parser.parse_args()
+    told: list[int] = []
+    went_on: set[int] = set()
+    if args.on_sigterm:
+        signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
     session = Session.from_environment()
     session.install_groups()
     dist.init_process_group("gloo")
@@ -44,7 +50,9 @@ def main() -> None:
         subprocess.Popen(["sleep", "60"])
     was_joining = session.is_joining
     first = session.first_step(Step(0))
-    early = was_joining and args.report and first > 0  # what follows the resume step is done by everybody
+    early = (
+        was_joining and (args.report or args.on_sigterm == "leave") and first > 0
+    )  # what follows the resume step is done by everybody
     for step in range(first - early, args.steps):
         if step == args.leave_at and args.only_rank in (None, session.rank):
             sys.exit(0)
@@ -52,6 +60,11 @@ def main() -> None:
         print(f"rank {dist.get_rank()} step {step + 1} loss {record.loss} norm {record.grad_norm}", flush=True)
         if args.report:
             report(session, toy, step + 1, was_joining)
+        if args.on_sigterm == "leave":
+            if session.guard("told", lambda step=step: all_agree(somebody_was(told) and step not in went_on)):
+                print(f"rank {session.rank} leaves after step {step + 1}", flush=True)
+                sys.exit(0)
+            went_on.add(step)
     session.finish(toy.sha256())
     dist.destroy_process_group()
     if args.fail_at_end and session.rank == 1:
@@ -78,6 +91,19 @@ def report(session: Session, toy: Toy, step: int, is_replacement: bool) -> None:
 
     print(f"rank {session.rank} total after step {step}: {session.guard('total', total).hex()}", flush=True)
     session.guard("meet", meet)
+
+
+def somebody_was(told: list[int]) -> bool:
+    number = torch.tensor(len(told))
+    dist.all_reduce(number)
+    return bool(number)
+
+
+def all_agree(leave: bool) -> bool:
+    """Asked again after a recovery, the answer may be another one; but who had stayed has gone on."""
+    least = torch.tensor(int(leave))
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return bool(least)
 
 
 def _is_first(path: Path | None) -> bool:

@@ -1,0 +1,138 @@
+"""`flashrecovery status` says where a run is, and whom it waits for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from megatron_flashrecovery.cli import main
+from megatron_flashrecovery.core.coordinator import handle
+from megatron_flashrecovery.core.job import Job
+from megatron_flashrecovery.core.messages import CheckpointWritten
+from megatron_flashrecovery.core.seats import Seats
+from megatron_flashrecovery.runtime.chronicle import Chronicle
+from megatron_flashrecovery.runtime.dialogue import StepDone
+from megatron_flashrecovery.runtime.journal import FILE_NAME
+from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.node_messages import StepNoted
+from megatron_flashrecovery.runtime.status import LauncherNoted
+from tests.core.jobs import CONFIG, SEATS, A, B, described, executed, lost, ready, report, stood
+
+
+class Run:
+    """The records of a job, as its controller writes them."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.chronicle = Chronicle(LaunchConfig(script="train.py", nproc_per_node=4, log_dir=directory))
+        self._job = Job(CONFIG, Seats(SEATS))
+        self._now = 0.0
+        self.chronicle.begin(self._job, self._now)
+
+    def tell(self, *events):
+        for event in events:
+            self._now += 0.5
+            self.chronicle.record(event, handle(self._job, event, self._now), self._job, self._now)
+        return self
+
+    def train(self):
+        self.tell(described(A), described(B), ready(A, 0, 1), ready(B, 2, 3))
+        self.chronicle.note(StepNoted(StepDone(step=5, loss=2.5, grad_norm=1.0, skipped=False, epoch=0, seconds=0.25)))
+        return self
+
+    def recover(self):
+        self.tell(lost(B, 3), stood(report(0), report(1)), stood(report(2)), ready(B, 3, epoch=1))
+        return self.tell(executed(A, 0, 1), executed(B, 2, 3))
+
+    def status(self, capsys):
+        code = main(["status", str(self.directory)], {})
+        return code, capsys.readouterr().out
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    run = Run(tmp_path)
+    yield run
+    run.chronicle.close("the test is over")
+
+
+def test_a_run_that_nobody_has_joined_yet(run, capsys):
+    code, said = run.status(capsys)
+    assert (code, said.startswith("waiting for the nodes for 0.")) == (0, True)
+
+
+def test_a_run_whose_journal_is_still_empty(tmp_path, capsys):
+    (tmp_path / FILE_NAME).touch()
+    assert main(["status", str(tmp_path)], {}) == 0
+    assert "waiting for the nodes" in capsys.readouterr().out
+
+
+def test_a_start_names_who_has_not_come(run, capsys):
+    run.tell(described(A), ready(A, 0))
+    code, said = run.status(capsys)
+    assert code == 0
+    assert said.splitlines()[0].startswith("starting for 0.")
+    assert "waiting for rank 1, 2, 3 to come to the first step" in said
+
+
+def test_training_tells_the_step_and_the_checkpoint(run, capsys):
+    run.train().tell(CheckpointWritten(4))
+    code, said = run.status(capsys)
+    assert code == 0
+    assert "epoch 0, 4 ranks on 2 nodes" in said
+    assert "step 5 completed 0." in said
+    assert "loss 2.5; it took 0.25 s" in said
+    assert "newest checkpoint: step 4" in said
+    assert "waiting" not in said
+
+
+def test_a_recovery_names_whom_it_waits_for(run, capsys):
+    run.train().tell(lost(B, 3), stood(report(0), report(1)))
+    _, said = run.status(capsys)
+    assert said.splitlines()[0].startswith("draining for 0.")
+    assert "epoch 1" in said
+    assert "waiting for rank 2 to stop at the next operation" in said
+
+
+def test_what_was_lost_is_told_afterwards(run, capsys):
+    run.train().recover()
+    _, said = run.status(capsys)
+    assert "1 recovery; the last, in epoch 1: rank 3: killed by SIGKILL; it went on from step 5 after 2.50 s" in said
+
+
+@pytest.mark.parametrize(("failure", "code", "says"), [("", 0, "every rank has finished"), ("no room", 1, "no room")])
+def test_the_end_is_told(run, capsys, failure, code, says):
+    run.train().chronicle.close(failure)
+    assert run.status(capsys)[0] == code
+    assert f": {says}" in run.status(capsys)[1]
+
+
+@pytest.mark.parametrize("change", [{"pid": 2**22 + 1}, {"created": 0.0}], ids=["no-process", "another-process"])
+def test_a_launcher_that_is_gone_without_a_word_is_found_out(tmp_path, capsys, monkeypatch, change):
+    gone = replace(LauncherNoted.this_one(), **change)
+    monkeypatch.setattr(LauncherNoted, "this_one", classmethod(lambda cls: gone))
+    code, said = Run(tmp_path).train().status(capsys)
+    assert code == 1
+    assert said.startswith(f"died: the launcher (process {gone.pid}) is gone without a word; its last one was 0.")
+
+
+def test_of_a_launcher_elsewhere_nothing_is_assumed(tmp_path, capsys, monkeypatch):
+    elsewhere = LauncherNoted("another-machine", 2**22 + 1, 0.0)
+    monkeypatch.setattr(LauncherNoted, "this_one", classmethod(lambda cls: elsewhere))
+    code, said = Run(tmp_path).train().status(capsys)
+    assert (code, said.startswith("training for 0.")) == (0, True)
+
+
+def test_programs_get_json(run, capsys):
+    run.train().recover()
+    assert main(["status", "--json", str(run.directory)], {}) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["phase"], told["epoch"], told["step"], told["recoveries"]) == ("training", 1, 5, 1)
+    assert told["last_recovery"]["lost_ranks"] == [3]
+
+
+def test_a_directory_without_a_run_is_bad_input(tmp_path, capsys):
+    assert main(["status", str(tmp_path)], {}) == 2
+    assert "journal.jsonl does not exist: name the --log-dir of a run" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +49,7 @@ class PendingWork(dist.Work):
         self._carrier = carrier
         self._works = works
         self.entry = entry
+        self._waiter = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Raises ``Severed`` for a work that a recovery discarded: its outputs are nobody's."""
@@ -60,15 +62,18 @@ class PendingWork(dist.Work):
         """A recovery unwound the call that issued it, or replaced the communicator under it."""
         return not self._done and (self._carrier is None or self._carrier.closed)
 
-    def await_attempt(self, timeout: timedelta | None, host: bool) -> bool:
+    def await_attempt(self, timeout: timedelta | None, host: bool, only_on: Communicator | Tree | None = None) -> bool:
         """Wait for the attempt as it is now; raises what the communicator raised, or ``Severed``. Returns whether the
-        operation is known to be complete on the device (``host`` insists on it)."""
+        operation is known to be complete on the device (``host`` insists on it). ``only_on``: nothing is waited for,
+        and nothing known, if that attempt has been abandoned."""
         with self._lock:
             carrier = self._carrier
             if self._error is not None:
                 raise self._error
             if self._done:
                 return True
+            if only_on is not None and carrier is not only_on:
+                return False
             assert carrier is not None, "asked only for works that are not discarded"
             transport = carrier.transport(self.calls[0].outputs or self.calls[0].inputs)
             for work in self._works:
@@ -78,6 +83,8 @@ class PendingWork(dist.Work):
                     transport.finish(work)
                 else:
                     transport.wait(work, timeout)
+            if self._carrier is not carrier:
+                return False  # abandoned meanwhile: what has ended is not what is under way now
             if carrier.severed is not None:
                 # An aborted NCCL operation "completes" on its stream: aborted is not completed.
                 transport.settle()
@@ -133,15 +140,20 @@ class PendingWork(dist.Work):
         if carrier is None or not carrier.default.host_synchronous or self._waiter is not None:
             return
         if self.calls[0].name in POINT_TO_POINT and self._error is None:
-            self._waiter = threading.Thread(target=self._wait_quietly, name="flashrecovery-drain", daemon=True)
+            wait = partial(self._wait_quietly, carrier, self.entry)
+            self._waiter = threading.Thread(target=wait, name="flashrecovery-drain", daemon=True)
             self._waiter.start()
 
-    def _wait_quietly(self) -> None:
+    def _wait_quietly(self, carrier: Communicator | Tree, entry: Entry) -> None:
+        """The main thread may abandon the attempt at any time; then it is no affair of this thread any more."""
         try:
-            self.await_attempt(None, host=True)
-            self._group.ledger.complete(self.entry)
+            is_complete = self.await_attempt(None, host=True, only_on=carrier)
         except RuntimeError as error:
-            self._fail(error)
+            if self._carrier is carrier:
+                self._fail(error)
+            return
+        if is_complete:
+            self._group.ledger.complete(entry)
 
     def _fail(self, error: Exception) -> None:
         self._error = error  # for whoever waits for it later

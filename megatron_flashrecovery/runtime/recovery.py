@@ -192,7 +192,7 @@ class Recovery:
 
     def _agree(self, step: Step) -> None:
         """Data-parallel peers compare what they should share, before anybody steps."""
-        pieces = [(piece.name, piece.tensor) for piece in self._ownership.replicated()]
+        pieces = [(piece.name, piece.tensor) for piece in self._ownership.replicated() if not piece.peers_differ]
         mine = step.to_bytes(8, "little") + tensors_fingerprint(pieces)
         own = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(self._device())
         peers = self._framework.data_parallel_peers()

@@ -17,13 +17,15 @@ class TensorPiece:
 
     ``unique``: nobody else has it (an optimizer shard), so it is mirrored every step. Else it is replicated:
     data-parallel peers hold the same bits, and it is copied from one of them only when it is needed, unless it is
-    ``gathered``: then collecting the shards again brings it back, and it is never sent at all.
+    ``gathered``: then collecting the shards again brings it back, and it is never sent at all. ``peers_differ``: what
+    data-parallel peers hold under this name is something else (their experts).
     """
 
     name: str
     tensor: torch.Tensor
     unique: bool
     gathered: bool = False
+    peers_differ: bool = False
 
     @property
     def nbytes(self) -> int:

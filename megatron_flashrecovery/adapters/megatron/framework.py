@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_flashrecovery.adapters.megatron.model_state import ModelState
+from megatron_flashrecovery.adapters.megatron.model_state import ModelState, bucket_groups
 from megatron_flashrecovery.adapters.megatron.optimizer_state import NormReach, OptimizerState
 from megatron_flashrecovery.adapters.megatron.partial_step import PartialStep
 from megatron_flashrecovery.adapters.megatron.position import Position
@@ -36,11 +36,15 @@ class MegatronFramework:
         scheduler: OptimizerParamScheduler,
         position: Position,
     ) -> None:
-        _refuse_expert_parallelism()
         self._model = list(model)
         self._optimizer = OptimizerState(optimizer, model)
         self._scheduler = scheduler
         self.sharded = self._optimizer.sharded
+        if not self.sharded and parallel_state.get_expert_model_parallel_world_size() > 1:
+            raise ConfigError(
+                "--enable-flash-recovery with --expert-model-parallel-size needs --use-distributed-optimizer: "
+                "without it, experts would be copied from data-parallel peers, who have others"
+            )
         self._model_state = ModelState(model, self.sharded)
         self._random = RandomState()
         self.partial_step = PartialStep(model, optimizer)
@@ -106,7 +110,7 @@ class MegatronFramework:
             return
         self._optimizer.copy_masters_to_parameters()
         for chunk in self._model:
-            for bucket_group in chunk.bucket_groups:
+            for bucket_group in bucket_groups(chunk):
                 bucket_group.param_gather_handle = None
             chunk.start_param_sync(force_sync=True)
 
@@ -126,10 +130,3 @@ class MegatronFramework:
                 return (peers,)
             case NormReach.NOBODY:
                 return (peers, replica)
-
-
-def _refuse_expert_parallelism() -> None:
-    if parallel_state.get_expert_model_parallel_world_size() > 1:
-        raise ConfigError(
-            "--enable-flash-recovery does not know expert parallelism: its data-parallel peers hold other experts"
-        )

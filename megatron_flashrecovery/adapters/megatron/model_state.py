@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_flashrecovery.adapters.megatron import aux_losses
 from megatron_flashrecovery.core.errors import SeamChanged
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
 
@@ -30,6 +31,7 @@ class ModelState:
                 parameter.data,
                 unique=self._sharded and not parameter.requires_grad,
                 gathered=self._sharded and parameter.requires_grad,
+                peers_differ=not getattr(parameter, "allreduce", True),  # upstream's word for an expert's
             )
             for name, parameter in named_parameters(self._model)
         ]
@@ -42,6 +44,7 @@ class ModelState:
             "buffers": {name: buffer.clone() for name, buffer in self._buffers() if _is_small(buffer)},
             "extra": {name: state for name, module in self._modules() if (state := _extra_state(name, module))},
             "buckets": [_bucket_group_memory(group) for group in self._bucket_groups()],
+            "aux_losses": aux_losses.capture(),
         }
 
     @torch.no_grad()
@@ -54,6 +57,7 @@ class ModelState:
                 _set_extra_state(module, captured["extra"][name])
         for group, memory in zip(self._bucket_groups(), captured["buckets"], strict=True):
             _remind_bucket_group(group, memory)
+        aux_losses.restore(captured["aux_losses"])
 
     def _buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         for index, chunk in enumerate(self._model):
@@ -68,7 +72,12 @@ class ModelState:
                     yield f"model{index}.{name}", module
 
     def _bucket_groups(self) -> list[Any]:
-        return [group for chunk in self._model for group in chunk.bucket_groups]
+        return [group for chunk in self._model for group in bucket_groups(chunk)]
+
+
+def bucket_groups(chunk: DistributedDataParallel) -> list[Any]:
+    """Those of experts have their own, over groups of their own."""
+    return [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
 
 
 def named_parameters(model: Sequence[DistributedDataParallel]) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -10,6 +10,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_flashrecovery.adapters.megatron import aux_losses
+from megatron_flashrecovery.adapters.megatron.model_state import bucket_groups
 from megatron_flashrecovery.adapters.megatron.no_sync import NoSync
 
 _RERUN_FIELDS = (
@@ -32,10 +34,12 @@ class PartialStep:
         self._config = model[0].config
         self.no_sync = NoSync()
         self._timers_running: set[str] = set()
+        self._aux_losses: Any = {}
         self._rerun: dict[str, Any] = {}
 
     def begin(self) -> None:
         self._timers_running = {name for name, timer in self._timers() if timer._started}
+        self._aux_losses = aux_losses.capture()
         machine = _rerun_machine()
         self._rerun = {field: getattr(machine, field) for field in _RERUN_FIELDS} if machine else {}
 
@@ -52,6 +56,7 @@ class PartialStep:
             if chunk.use_forward_hook and not chunk.remove_forward_pre_hook_handles:
                 chunk.enable_forward_pre_hook()
         self._optimizer.zero_grad()
+        aux_losses.restore(self._aux_losses)
         for name, timer in self._timers():
             if timer._started and name not in self._timers_running:
                 timer._started = False
@@ -66,7 +71,7 @@ class PartialStep:
 
 def _forget_communication(chunk: DistributedDataParallel) -> None:
     """The groups behind these handles are severed or kept empty: nobody waits for them any more."""
-    for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+    for group in bucket_groups(chunk):
         group.param_gather_handle = None
         group.param_gather_dispatched = False
         group.grad_reduce_handle = None

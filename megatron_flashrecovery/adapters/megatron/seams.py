@@ -16,11 +16,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_model_config
 
+from megatron_flashrecovery.adapters.megatron.model_state import bucket_groups
 from megatron_flashrecovery.adapters.megatron.optimizer_state import inner_optimizers
 from megatron_flashrecovery.adapters.megatron.partial_step import PartialStep
 from megatron_flashrecovery.adapters.megatron.session_seam import StepSeams
 from megatron_flashrecovery.core.errors import ConfigError, SeamChanged
-from megatron_flashrecovery.runtime.framework import Moment
+from megatron_flashrecovery.runtime.moment import Moment
 
 _TESTED = "0.16."
 _BUCKET_GROUP_FIELDS = (
@@ -58,7 +59,7 @@ def install_seams(
 
 
 def _check_bucket_groups(chunk: DistributedDataParallel) -> None:
-    for group in chunk.bucket_groups:
+    for group in bucket_groups(chunk):
         for field in _BUCKET_GROUP_FIELDS:
             if not hasattr(group, field):
                 raise SeamChanged(f"megatron-core {megatron.core.__version__}: a bucket group has no {field}")

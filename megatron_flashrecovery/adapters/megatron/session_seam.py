@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.runtime.framework import Framework, Moment, StepRecord
+from megatron_flashrecovery.runtime.framework import Framework, StepRecord
+from megatron_flashrecovery.runtime.moment import Moment
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ import torch
 from megatron.core import rerun_state_machine
 from megatron.core.num_microbatches_calculator import update_num_microbatches
 
+from megatron_flashrecovery.adapters.megatron import aux_losses
 from megatron_flashrecovery.adapters.megatron_lm.tape import Tape
 
 COUNTERS = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples", "curr_iteration")
@@ -30,6 +31,7 @@ class LoopState:
     hooked: tuple[bool, ...]
     param_sync: Any
     positions: tuple[int, ...]
+    aux_losses: Any
 
     @staticmethod
     def take(
@@ -44,6 +46,7 @@ class LoopState:
             hooked=tuple(is_hooked(chunk) for chunk in model),
             param_sync=config.param_sync_func,
             positions=tuple(tape.position for tape in tapes),
+            aux_losses=aux_losses.capture(),
         )
 
     def put_back(self, args: Any, timers: Any, model: list[Any], config: Any, tapes: list[Tape]) -> None:
@@ -56,6 +59,7 @@ class LoopState:
         for chunk, hooked in zip(model, self.hooked, strict=True):
             hook(chunk, hooked)
         config.param_sync_func = self.param_sync
+        aux_losses.restore(self.aux_losses)
         # An evaluation that is cut short has taken both away.
         config.timers = self.timers
         if self.rerun_mode is not None:

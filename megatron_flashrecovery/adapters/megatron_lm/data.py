@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_flashrecovery.adapters.megatron.random_state import RandomState
 from megatron_flashrecovery.adapters.megatron_lm.tape import Tape
 
 
@@ -73,14 +74,21 @@ class Data:
             rerun.advance()
 
     def _tape(self, rerun: Any, built: _Built, build_loader: Callable[..., Any], consumed: Callable[[], int]) -> Tape:
-        kind = self.training.get_args().dataloader_type
+        is_cyclic = self.training.get_args().dataloader_type == "cyclic"
+        began_at = consumed()
 
         def open_source() -> Iterator[Any]:
+            at = consumed()
             with generator_untouched():
-                loader = build_loader(built.dataset, consumed())
-                return iter(loader if kind == "single" else self.training.cyclic_iter(loader))
+                loader = build_loader(built.dataset, at)
+                if not is_cyclic:
+                    return iter(loader)
+            source: Iterator[Any] = self.training.cyclic_iter(loader)
+            return source if at == began_at or _begins_epoch(loader, at) else _first_untouched(source)
 
-        tape = Tape(open_source, None if self.is_joining else iter(rerun.iterable))
+        # A cyclic source makes its iterator in the middle of training: at its first item, and at that of each epoch.
+        generators = RandomState() if is_cyclic else None
+        tape = Tape(open_source, None if self.is_joining else iter(rerun.iterable), generators)
         rerun.iterable = tape
         self._reruns.append(rerun)
         return tape
@@ -88,6 +96,19 @@ class Data:
 
 def _validated(options: Any) -> int:
     return 0 if options.full_validation or options.skip_train else int(options.consumed_valid_samples)
+
+
+def _begins_epoch(loader: Any, consumed: int) -> bool:
+    """Whether one that had been there all the time would make another iterator now. With workers it keeps them."""
+    sampler = loader.batch_sampler
+    return not loader.persistent_workers and consumed % (sampler.total_samples - sampler.last_batch_size) == 0
+
+
+def _first_untouched(source: Iterator[Any]) -> Iterator[Any]:
+    with generator_untouched():
+        first = next(source)
+    yield first
+    yield from source
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     undisturbed, disturbed = arguments.log_dir / "undisturbed", arguments.log_dir / "disturbed"
     faults = arguments.inject or [_FAULT]
     console.print(f"two runs of {arguments.script}, their records in {arguments.log_dir}")
-    injected = _injected(faults)
+    injected = _injected(faults, arguments)
     if not _train(arguments, undisturbed, [], console):
         return 1
     if not _train(arguments, disturbed, faults, console):
@@ -53,12 +53,14 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     return 0 if demo_report.compare(undisturbed, disturbed, injected, console) else 1
 
 
-def _injected(faults: list[str]) -> frozenset[Rank]:
+def _injected(faults: list[str], arguments: argparse.Namespace) -> frozenset[Rank]:
     """Raises ``ConfigError``: a wrong SPEC is refused before the first run, not after it."""
     # Here: it imports torch, which takes a moment, and something has been said by now.
-    from megatron_flashrecovery.runtime.launch_config import Injection
+    from megatron_flashrecovery.runtime.launch_config import Injection, LaunchConfig
 
-    return frozenset(Injection.parse(spec).rank for spec in faults)
+    injections = tuple(Injection.parse(spec) for spec in faults)
+    LaunchConfig(script=arguments.script, nproc_per_node=arguments.nproc_per_node, injections=injections)
+    return frozenset(injection.rank for injection in injections)
 
 
 def _train(arguments: argparse.Namespace, log_dir: Path, faults: list[str], console: Console) -> bool:

@@ -22,6 +22,7 @@ from megatron_flashrecovery.core.model_size import (
 from megatron_flashrecovery.core.outlook import Arrangement, outlook
 
 PURPOSE = "say where second copies will be, what they cost, and which losses a job survives"
+_MOST_RANKS = 200_000
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -107,6 +108,8 @@ def _nodes(arguments: argparse.Namespace) -> dict[Rank, NodeId]:
         if per_node is None:
             raise ConfigError("how many ranks? give --nproc-per-node (and --nnodes), --world-size, or DIR")
         world = (nodes or 1) * per_node
+    if world > _MOST_RANKS:
+        raise ConfigError(f"a job of {world} ranks? this plans up to {_MOST_RANKS}")
     per_node = per_node or -(-world // (nodes or 1))
     if nodes is not None and -(-world // per_node) != nodes:
         raise ConfigError(f"--world-size {world} does not fill --nnodes {nodes} with {per_node} ranks each")
@@ -128,6 +131,11 @@ def _parameters(arguments: argparse.Namespace) -> Parameters:
         if getattr(arguments, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"how large is the model? {flag} is missing: give --params, as in 7B, or all dimensions")
+    hidden, heads = arguments.hidden_size, arguments.num_attention_heads
+    if hidden % heads and not arguments.kv_channels:
+        raise ConfigError(
+            f"--hidden-size {hidden} is no multiple of --num-attention-heads {heads}: or give --kv-channels"
+        )
     return count_parameters(
         GptShape(
             **{name: getattr(arguments, name) for name in dimensions},

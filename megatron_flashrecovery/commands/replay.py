@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.commands.arguments import Arguments
 
 if TYPE_CHECKING:
+    from megatron_flashrecovery.core.ids import Epoch
     from megatron_flashrecovery.core.job import Job
     from megatron_flashrecovery.core.recovery import Recovery
     from megatron_flashrecovery.runtime.journal import Line
+    from megatron_flashrecovery.runtime.summary import PhaseSeconds
 
 PURPOSE = "tell what happened in a run, and rebuild the controller's state from its journal"
 
@@ -30,9 +33,10 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     if not arguments.quiet:
         _tell(lines)
     found = replay(lines)
-    print(_state(found.job))
+    print(_state(found.job, lines))
+    measured = _measured(arguments.directory)
     for recovery in found.job.recoveries:
-        _tell_recovery(recovery)
+        _tell_recovery(recovery, measured.get(recovery.epoch))
     if found.difference is not None:
         print(f"the replay goes another way at event {found.events}: {found.difference}")
         return 1
@@ -48,9 +52,22 @@ def _tell(lines: list[Line]) -> None:
         print(f"{line.time - lines[0].time:9.3f} s  epoch {line.epoch}  {marks.get(line.kind, '  ')} {describe(line)}")
 
 
-def _tell_recovery(recovery: Recovery) -> None:
+def _measured(directory: Path) -> dict[Epoch, PhaseSeconds]:
+    """Known once the run has ended."""
+    from megatron_flashrecovery.runtime.summary import SUMMARY_NAME, read_summary
+
+    if not (directory / SUMMARY_NAME).exists():
+        return {}
+    return {recovery.epoch: recovery.seconds for recovery in read_summary(directory).recoveries}
+
+
+def _tell_recovery(recovery: Recovery, seconds: PhaseSeconds | None) -> None:
     took = f"{recovery.seconds['total']:.2f} s"
-    print(f"epoch {recovery.epoch}: {recovery.cause}; resumed at step {recovery.resume_step} after {took}")
+    went_on = f"everybody trained again from step {recovery.resume_step} {took} later"
+    print(f"epoch {recovery.epoch}: {recovery.cause}; {went_on}")
+    if seconds is not None:
+        phases = (f"{field.name.replace('_', ' ')} {getattr(seconds, field.name):.2f}" for field in fields(seconds))
+        print(f"  seconds, from the loss to the end of the first step after it: {', '.join(phases)}")
     for rank, source in sorted(recovery.source_of.items()):
         print(f"  rank {rank} from {source}")
     for group, reason in sorted(recovery.rebuilt.items()):
@@ -58,8 +75,11 @@ def _tell_recovery(recovery: Recovery) -> None:
     print(f"  groups kept: {recovery.kept}")
 
 
-def _state(job: Job) -> str:
-    told = [f"{type(job.phase).__name__.lower()} in epoch {job.epoch}", f"{len(job.seats)} ranks"]
+def _state(job: Job, lines: list[Line]) -> str:
+    phase = type(job.phase).__name__.lower()
+    if (end := next((line for line in reversed(lines) if line.name == "_Ended"), None)) is not None:
+        phase = f"ended ({end.body['failure'] or 'every rank has finished'}), {phase}"
+    told = [f"{phase} in epoch {job.epoch}", f"{len(job.seats)} ranks"]
     told.append(f"recoveries: {len(job.recoveries)}, restarts of all workers: {job.restarts}")
     if job.checkpoint is not None:
         told.append(f"checkpoint of step {job.checkpoint}")

@@ -60,11 +60,17 @@ def add_arguments(parser: Arguments) -> None:
     add("--monitor-interval", type=float, default=None, help="accepted for torchrun's sake: agents need no interval")
     add("--role", default=None, help="accepted for torchrun's sake")
     add("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
-    add("--log-dir", type=Path, default=None, metavar="DIR", help="where the records and the workers' output go")
+    add(
+        "--log-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="records and output of the workers (flashrecovery-logs/TIME-PID)",
+    )
     add("--spares-per-node", type=int, default=0, metavar="K", help="workers that wait, imports done, for a seat")
     add("--no-preload", action="store_true", help="start every worker cold, without the imports done beforehand")
     add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help=_SHUTDOWN)
-    add("--inject", action="append", default=[], metavar="SPEC", help="a fault, as in kill:rank=5,step=6,at=backward")
+    add("--inject", action="append", default=[], metavar="SPEC", help=_FAULT)
     add("--overwrite", action="store_true", help="delete the records of an earlier run in --log-dir")
     for name, what in _DEADLINES.items():
         add(f"--{name}", type=float, default=None, metavar="SECONDS", help=what)
@@ -72,6 +78,7 @@ def add_arguments(parser: Arguments) -> None:
     parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="flags of the script")
 
 
+_FAULT = "a fault, as in kill:rank=5,step=6,at=backward; at: forward, backward, grad_sync, optimizer, mirror, between"
 _SHUTDOWN = "how long workers have to end by themselves after SIGTERM (30)"
 _DEADLINES = {
     "heartbeat-interval": "how often an agent tells the controller that its node lives",
@@ -90,6 +97,7 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     check_script(config.script, config.module)
     if config.node_rank == 0:
         log_dir.claim(config.log_dir, arguments.overwrite)
+    print(f"flashrecovery: starting {config.script}", file=sys.stderr, flush=True)
     _warn_of_untested_torch()
     from megatron_flashrecovery.runtime import launch
 

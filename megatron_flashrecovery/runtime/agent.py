@@ -27,7 +27,7 @@ from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, St
 from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.departures import Departures
 from megatron_flashrecovery.runtime.injector import injection_orders
-from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.launch_config import Injection, LaunchConfig
 from megatron_flashrecovery.runtime.relay import merged, narrowed
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
 from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
@@ -96,6 +96,10 @@ class Agent:
                 return self._out_of_patience()
         return self._dismissal
 
+    def never_happened(self) -> list[Injection]:
+        """Of the faults that were asked for here."""
+        return [i for at, i in enumerate(self._config.injections) if i.rank in self.ranks and at not in self._fired]
+
     # --- orders from the controller -----------------------------------------------------------------------------------
 
     def _obey(self) -> None:
@@ -150,18 +154,14 @@ class Agent:
         self._control.send(node_messages.SignalPassedOn(self._node, number.name, len(seated)))
         patience = self._config.shutdown_timeout
         self._end_by = time.monotonic() + patience
-        print(
-            f"flashrecovery: {number.name}: passed on to {len(seated)} workers, which have {patience:g} s to end by "
-            f"themselves; a second signal ends them at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"passed on to {len(seated)} workers, which have {patience:g} s to end by themselves"
+        print(f"flashrecovery: {number.name}: {said}; a second signal ends them at once", file=sys.stderr, flush=True)
 
     def _out_of_patience(self) -> node_messages.Dismiss:
         assert self._departures.passed_on is not None
         late = ", ".join(map(str, self._departures.still_here()[:8])) or "of another node"
-        name = self._departures.passed_on.name
-        return node_messages.Dismiss(f"rank {late} had not ended {self._config.shutdown_timeout:g} s after {name}", 1)
+        told = f"{self._config.shutdown_timeout:g} s after {self._departures.passed_on.name}"
+        return node_messages.Dismiss(f"rank {late} had not ended {told}", 1)
 
     def _fence(self, ranks: tuple[Rank, ...], reason: str, epoch: Epoch) -> None:
         """Its end is told as a loss, for what it left in the vault counts."""

@@ -161,7 +161,9 @@ class Chronicle:
         self._journal.write("note", _Ended(failure), time=time.time(), epoch=self._epoch)
         self._journal.close()
         self._steps.close()
-        if not failure:
+        if not failure and self._phase == "Starting":
+            self._say("finished; nothing was protected, for the script did not ask for recovery")
+        elif not failure:
             word = "recovery" if len(records) == 1 else "recoveries"
             self._say(f"finished at step {self._last_step} after {len(records)} {word}")
 

@@ -5,22 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
-
-
-class Moment(Enum):
-    """The moments of a step that an adapter marks, in their order; faults can be injected at each."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    GRAD_SYNC = "grad_sync"
-    OPTIMIZER = "optimizer"
-    MIRROR = "mirror"
-    BETWEEN = "between"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from collections.abc import Set as AbstractSet
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
-from megatron_flashrecovery.runtime.framework import Moment
 from megatron_flashrecovery.runtime.launch_config import Injection
+from megatron_flashrecovery.runtime.moment import Moment
 
 
 class Injector:

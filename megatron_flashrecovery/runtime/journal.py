@@ -91,7 +91,7 @@ def read_journal(path: Path) -> Iterator[Line]:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise RecordDamaged(f"{path} does not exist: name the --log-dir of a run") from None
+        raise RecordDamaged(f"{path} does not exist: name the --log-dir of a run, or wait until it has begun") from None
     # What follows the last line feed is empty, or the torn line of a crash.
     for number, text in enumerate(lines[:-1], start=1):
         try:

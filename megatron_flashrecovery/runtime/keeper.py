@@ -21,8 +21,8 @@ from megatron_flashrecovery.core.errors import LinkLost, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.dialogue import Seat
-from megatron_flashrecovery.runtime.framework import Moment
 from megatron_flashrecovery.runtime.injector import Injector
+from megatron_flashrecovery.runtime.moment import Moment
 from megatron_flashrecovery.runtime.settling import Berth, Memories
 from megatron_flashrecovery.state.copying import copier_for
 from megatron_flashrecovery.state.encoding import decode_values, encode_values

@@ -101,6 +101,9 @@ def _serve(
         stop_controller()  # before the connection ends, which would look like the loss of this node
         control.close()
         vault.close()
+    if not dismissal.failure:
+        for injection in agent.never_happened():
+            print(f"flashrecovery: WARNING: {injection} never happened: the job did not come there", file=sys.stderr)
     if dismissal.failure:
         print(f"flashrecovery: the job stops: {dismissal.failure}", file=sys.stderr, flush=True)
     return dismissal.exit_code if told.first is None else 128 + told.first

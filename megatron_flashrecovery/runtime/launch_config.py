@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.runtime.framework import Moment
+from megatron_flashrecovery.runtime.moment import Moment
 
 
 class Fault(Enum):

@@ -28,11 +28,12 @@ from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.bulletin import Bulletin
-from megatron_flashrecovery.runtime.framework import Framework, Moment, StepRecord
+from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.guarded_call import GuardedCall
 from megatron_flashrecovery.runtime.injector import Injector
 from megatron_flashrecovery.runtime.keeper import Keeper
 from megatron_flashrecovery.runtime.line import Line
+from megatron_flashrecovery.runtime.moment import Moment
 from megatron_flashrecovery.runtime.ownership import Ownership
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
 from megatron_flashrecovery.runtime.progress import NO_STEP, Progress, with_record
@@ -205,8 +206,7 @@ class Session:
 
     def mark(self, moment: Moment) -> None:
         """The framework is at this moment of a step."""
-        after = moment is Moment.BETWEEN
-        self._injector.mark(moment, Step(self._progress.completed + (not after)))
+        self._injector.mark(moment, Step(self._progress.completed + (moment is not Moment.BETWEEN)))
 
     def gate(self) -> None:
         """Right before the first reduction that the update needs: nobody updates to s+1 before all mirrors of s are

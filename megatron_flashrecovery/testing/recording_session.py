@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.runtime.framework import Framework, Moment, StepRecord
+from megatron_flashrecovery.runtime.framework import Framework, StepRecord
+from megatron_flashrecovery.runtime.moment import Moment
 
 T = TypeVar("T")
 

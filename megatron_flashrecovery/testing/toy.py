@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.runtime.framework import Moment, StepRecord
+from megatron_flashrecovery.runtime.framework import StepRecord
+from megatron_flashrecovery.runtime.moment import Moment
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
 
 

@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 
 from megatron_flashrecovery.core.errors import ConfigError
-from megatron_flashrecovery.runtime.framework import Moment
 from megatron_flashrecovery.runtime.launch_config import Deadlines, Fault, Injection, LaunchConfig
+from megatron_flashrecovery.runtime.moment import Moment
 
 
 def test_the_fields_are_these_and_a_new_one_is_a_decision():

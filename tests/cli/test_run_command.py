@@ -11,8 +11,8 @@ import pytest
 from megatron_flashrecovery import cli
 from megatron_flashrecovery.commands import run
 from megatron_flashrecovery.commands.arguments import Arguments
-from megatron_flashrecovery.runtime.framework import Moment
 from megatron_flashrecovery.runtime.log_dir import claim
+from megatron_flashrecovery.runtime.moment import Moment
 
 OURS = {"--spares-per-node", "--inject", "--overwrite", "--no-preload", *(f"--{name}" for name in run._DEADLINES)}
 

@@ -135,4 +135,4 @@ def test_programs_get_json(run, capsys):
 
 def test_a_directory_without_a_run_is_bad_input(tmp_path, capsys):
     assert main(["status", str(tmp_path)], {}) == 2
-    assert "journal.jsonl does not exist: name the --log-dir of a run" in capsys.readouterr().err
+    assert "journal.jsonl does not exist: name the --log-dir of a run, or" in capsys.readouterr().err

@@ -31,10 +31,13 @@ sys.path.insert(0, str(CHECKOUT))
 SCRIPT = str(CHECKOUT / "pretrain_gpt.py")
 
 if not torch.cuda.is_available():
+    from megatron.core.transformer.moe import moe_utils
     from megatron.training import initialize, training
 
     if hasattr(initialize, "fused_kernels"):
         initialize.fused_kernels.load = lambda args: None  # they are compiled for a GPU
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # upstream asks for the name, also where there is no Transformer Engine
     training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
 
 if __name__ == "__main__":

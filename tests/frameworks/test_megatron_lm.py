@@ -10,13 +10,20 @@ import signal
 
 import pytest
 
-from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, STEPS, kill, pretrain
+from tests.frameworks.megatron_lm_job import BY_SAMPLES, CHECKOUT, SHARDED, STEPS, kill, pretrain, write_corpus
 from tests.processes.conftest import Equal, Undisturbed, assert_only_what_is_broken_is_rebuilt
 from tests.processes.launcher import Outcome, run, started
 
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no checkout of Megatron-LM")
 
+UNTIL_TOLD = ("--save-interval", "1000", "--exit-signal-handler")
+CORPORA = {"few": 12, "many": 40}
+"""Documents of each."""
 MOMENTS = ("forward", "backward", "grad_sync", "optimizer", "mirror", "between")
+EXPERTS = (
+    *("--num-experts", "4", "--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "1"),
+    *("--moe-router-topk", "2", "--moe-aux-loss-coeff", "0.01", "--moe-token-dispatcher-type", "allgather"),
+)
 FEATURES: dict[str, tuple[str, ...]] = {
     "distributed": SHARDED,
     "overlap": (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
@@ -52,8 +59,17 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "tp-only": (*SHARDED, "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "1"),
     "pp-only": (*SHARDED, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "4"),
     "dp-only": (*SHARDED, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
+    # Three steps of 8 samples, and six of 16: the number of micro batches changes in the middle.
+    "ramp-up": (*SHARDED, "--rampup-batch-size", "8", "8", "24", BY_SAMPLES, "120"),
+    "rerun-disabled": (*SHARDED, "--rerun-mode", "disabled"),
+    "experts": (*SHARDED, *EXPERTS),
+    "experts-overlap-log-3": (
+        *(*SHARDED, *EXPERTS, "--overlap-grad-reduce", "--overlap-param-gather", "--log-interval", "3"),
+        *("--moe-aux-loss-coeff", "0.01", "--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"),
+    ),
     "plain": (),
 }
+KILLS = (kill(5, 3, "backward"), kill(7, 5, "optimizer"), kill(0, 6, "grad_sync"), kill(2, 8, "forward"))
 
 
 @pytest.mark.parametrize("at", MOMENTS)
@@ -72,8 +88,7 @@ def test_kills_with_a_feature_change_no_bit(
 ) -> None:
     """One after another, each at another moment: also the rank that logs, and rank 0."""
     # Where the loss scale overflows, there is no optimizer step to die in.
-    second = "backward" if feature == "fp16-overlap" else "optimizer"
-    kills = (kill(5, 3, "backward"), kill(7, 5, second), kill(0, 6, "grad_sync"), kill(2, 8, "forward"))
+    kills = (KILLS[0], kill(7, 5, "backward"), *KILLS[2:]) if feature == "fp16-overlap" else KILLS
     job = pretrain(*FEATURES[feature], injections=kills)
     outcome = run(job, tmp_path_factory.mktemp("run") / "run", timeout=240)
     assert_equal(job, outcome)
@@ -106,6 +121,70 @@ def test_a_checkpoint_written_in_spite_of_a_loss_is_one_to_start_from(
     again = run(goes_on, directory / "again")
     assert_equal(goes_on, again)
     assert [line.step for line in again.steps] == [10, 11, 12]
+
+
+@pytest.fixture(scope="session")
+def blend(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Two small corpora, each passed through several times."""
+    directory = tmp_path_factory.mktemp("corpora")
+    paths = [write_corpus(directory / name, documents, seed) for seed, (name, documents) in enumerate(CORPORA.items())]
+    data = [part for path, weight in zip(paths, ("30", "70"), strict=True) for part in (weight, str(path))]
+    return ("--data-path", *data, "--split", "80,10,10", "--data-cache-path", str(directory / "cache"))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("loader", ["single", "cyclic"])
+def test_kills_with_blended_data_of_several_epochs_change_no_bit(
+    tmp_path_factory: pytest.TempPathFactory, assert_equal: Equal, blend: tuple[str, ...], loader: str, workers: str
+) -> None:
+    flags = ("--dataloader-type", loader, "--num-workers", workers, "--eval-interval", "4", "--eval-iters", "1")
+    job = pretrain(*SHARDED, *blend, *flags, injections=KILLS)
+    assert_equal(job, run(job, tmp_path_factory.mktemp("run") / "run", timeout=240))
+
+
+def test_a_job_that_is_told_to_end_writes_a_checkpoint_and_another_goes_on(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Upstream's own way to leave: the ranks agree that one of them was told to, save, and end."""
+    directory = tmp_path_factory.mktemp("run")
+    saved = directory / "checkpoints"
+    steady = (*SHARDED, "--lr-decay-iters", "100", "--train-iters", "100")
+    with started(pretrain(*steady, "--save", str(saved), *UNTIL_TOLD), directory / "run") as running:
+        running.wait_for(lambda: running.steps_done() > 2, "some steps")
+        os.kill(running.pids()[3], signal.SIGKILL)
+        running.wait_for(lambda: running.resumed_at() >= 0, "the recovery")
+        running.process.send_signal(signal.SIGTERM)
+        said, _ = running.process.communicate(timeout=120)
+    outcome = Outcome(directory / "run", running.process.returncode, said)
+    assert outcome.exit_code == 128 + signal.SIGTERM
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [(3,)]
+    last = outcome.steps[-1].step
+    assert (saved / "latest_checkpointed_iteration.txt").read_text() == str(last)
+    goes_on = (
+        *SHARDED,
+        "--lr-decay-iters",
+        "100",
+        "--train-iters",
+        str(last + 1),
+        "--load",
+        str(saved),
+        "--no-load-optim",
+    )
+    again = run(pretrain(*goes_on), directory / "again")
+    assert again.exit_code == 0, again.said
+    assert [line.step for line in again.steps] == [last + 1]
+
+
+def test_every_step_is_in_the_board_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    directory = tmp_path_factory.mktemp("run")
+    kills = (*KILLS[:2], kill(7, 8, "between"))
+    job = pretrain(*SHARDED, "--tensorboard-dir", str(directory / "board"), injections=kills)
+    outcome = run(job, directory / "run", timeout=240)
+    assert outcome.exit_code == 0, outcome.said
+    board = event_accumulator.EventAccumulator(str(directory / "board"))
+    board.Reload()
+    assert [scalar.step for scalar in board.Scalars("lm loss")] == list(range(1, STEPS + 1))
 
 
 def test_without_the_flag_nothing_of_ours_changes_the_run(undisturbed: Undisturbed) -> None:

@@ -50,6 +50,28 @@ def test_what_is_done_to_an_item_is_not_seen_when_it_is_drawn_again() -> None:
     assert next(tape)["tokens"].tolist() == [0, 0]
 
 
+def test_an_item_that_is_drawn_again_leaves_the_generators_as_it_did_the_first_time() -> None:
+    class Torch:
+        capture = staticmethod(torch.get_rng_state)
+        restore = staticmethod(torch.set_rng_state)
+
+    def source() -> Any:
+        for number in range(4):
+            if number % 2 == 0:
+                torch.rand(1)
+            yield number
+
+    tape = Tape(source, generators=Torch())
+    torch.manual_seed(1)
+    drawn = [(next(tape), float(torch.rand(1))) for _ in range(4)]
+    for begin in (0, 2):
+        tape.wind_back(begin)
+        torch.manual_seed(1)
+        for _ in range(begin + begin // 2):
+            torch.rand(1)
+        assert [(next(tape), float(torch.rand(1))) for _ in range(4 - begin)] == drawn[begin:]
+
+
 def test_a_result_of_train_step_comes_back_from_its_record() -> None:
     result = ({"lm loss": torch.tensor(2.5)}, 0, False, False, 0, 1.25, None, 0)
     record = results.to_record(result, reports=True)

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--only-rank", type=int, help="and only this rank")
     parser.add_argument("--report", action="store_true", help="two guarded collectives behind every step")
     parser.add_argument("--on-sigterm", choices=("leave", "ignore"), help="leave: all ranks, after the same step")
+    parser.add_argument("--enable-flash-recovery", action="store_true", help="as every script that is launched has it")
     parser.add_argument("--child", action="store_true", help="every rank starts a process that outlives it")
     args = parser.parse_args()
     told: list[int] = []

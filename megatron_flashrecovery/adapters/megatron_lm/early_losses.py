@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_flashrecovery.adapters.megatron_lm.session_seam import LoopSession
-from megatron_flashrecovery.runtime.framework import Moment
+from megatron_flashrecovery.runtime.moment import Moment
 
 
 class EarlyLosses:

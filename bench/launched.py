@@ -136,9 +136,14 @@ def with_recovery(job: Job, directory: Path) -> Launched:
 
 def torchrun(arguments: Sequence[str], directory: Path, script: Path = GPT, ranks: int = 8) -> Launched:
     """As users start it without this package. The records of its steps go to ``directory``."""
-    command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks))
+    return launched_by_torchrun(Job(script, ranks, ("--dump-dir", str(directory), *arguments)), directory)
+
+
+def launched_by_torchrun(job: Job, directory: Path) -> Launched:
+    """The script and its arguments, without what is ours."""
+    command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(job.ranks))
     port = ("--master-port", str(_free_port()))
-    return Launched([*command, *port, str(script), "--dump-dir", str(directory), *arguments], directory)
+    return Launched([*command, *port, str(job.script), *job.arguments], directory)
 
 
 def without_recovery(arguments: Sequence[str], directory: Path, flags: Sequence[str] = ()) -> Launched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import runpy
 import sys
@@ -25,6 +26,9 @@ if not torch.cuda.is_available():
 
 if not hasattr(typing, "override"):
     typing.override = typing_extensions.override  # upstream's newer versions are written for Python 3.12
+
+if "TELL_MODULES" in os.environ:
+    atexit.register(lambda: print("ours:", *sorted(name for name in sys.modules if "flashrecovery" in name)))
 
 CHECKOUT = Path(os.environ["MEGATRON_LM"])
 sys.path.insert(0, str(CHECKOUT))

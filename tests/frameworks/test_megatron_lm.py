@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from tests.frameworks.megatron_lm_job import BY_SAMPLES, CHECKOUT, SHARDED, STEPS, kill, pretrain, write_corpus
 from tests.processes.conftest import Equal, Undisturbed, assert_only_what_is_broken_is_rebuilt
-from tests.processes.launcher import Outcome, run, started
+from tests.processes.launcher import ROOT, Outcome, run, started
 
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no checkout of Megatron-LM")
 
 UNTIL_TOLD = ("--save-interval", "1000", "--exit-signal-handler")
+STAND_IN = "megatron_flashrecovery.testing.cpu_device"
 CORPORA = {"few": 12, "many": 40}
 """Documents of each."""
 MOMENTS = ("forward", "backward", "grad_sync", "optimizer", "mirror", "between")
@@ -191,6 +194,27 @@ def test_without_the_flag_nothing_of_ours_changes_the_run(undisturbed: Undisturb
     with_recovery = undisturbed(pretrain(*SHARDED))
     plain = undisturbed(pretrain(*SHARDED, recovery=False))
     assert losses(with_recovery.said) == losses(plain.said)
+
+
+def test_without_the_flag_nothing_of_ours_is_imported_and_the_run_is_that_of_torchrun(undisturbed: Undisturbed) -> None:
+    job = pretrain(*SHARDED, recovery=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.ranks)]
+    environment = {
+        **os.environ,
+        **job.environment,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TELL_MODULES": "1",
+    }
+    done = subprocess.run(
+        [*command, str(job.script), *job.arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    told = [set(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("ours:")]
+    # What makes a machine without a GPU look like one that has some is ours, too.
+    assert len(told) == job.ranks
+    assert set.union(*told) <= {"megatron_flashrecovery", "megatron_flashrecovery.testing", STAND_IN}
+    assert losses(done.stdout) == losses(undisturbed(pretrain(*SHARDED)).said)
 
 
 def losses(said: str) -> list[str]:

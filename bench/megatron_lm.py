@@ -1,0 +1,110 @@
+"""Megatron-LM's own `pretrain_gpt.py`, of the checkout that MEGATRON_LM names: a recovery, and a start with the flag.
+
+The model is that of `tests/frameworks`, TP2 x PP2 x DP2. Recovery is measured as in `recovery`; today's way loads no
+optimizer state, for upstream cannot load that of torch's Adam, which favours it. A start is timed from the moment at
+which the imports are done, which all workers share, to the first line of upstream's log, with the flag and without it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from bench.launched import Launched, launched_by_torchrun, with_recovery
+from bench.report import Figure, write
+from megatron_flashrecovery.runtime.summary import read_summary
+from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, kill, pretrain
+from tests.processes.launcher import Job
+
+ROUNDS = 5
+_LOST, _STEP, _STEPS = 5, 6, 8
+_WARM, _COLD, _TODAY = "warm", "cold", "today"
+_WITH, _WITHOUT = "start with the flag", "start without it"
+_START_TIMEOUT, _STEP_TIMEOUT = 180.0, 60.0
+_ITERATION = re.compile(r" iteration +(\d+)/")
+
+Samples = dict[str, list[float]]
+
+
+def main() -> None:
+    if not CHECKOUT:
+        print("bench megatron_lm: not measured, for MEGATRON_LM names no checkout of Megatron-LM", file=sys.stderr)
+        return
+    samples: Samples = {}
+    for number in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as directory:
+            for name, flags in ((_WARM, ()), (_COLD, ("--no-preload",))):
+                samples.setdefault(name, []).append(recover(Path(directory, name), flags))
+            samples.setdefault(_TODAY, []).append(start_again(Path(directory, _TODAY)))
+            for name in (_WITH, _WITHOUT) if number % 2 else (_WITHOUT, _WITH):
+                samples.setdefault(name, []).append(start(Path(directory, name), recovery=name == _WITH))
+    write("megatron_lm", figures(samples), samples)
+
+
+def figures(samples: Samples) -> list[Figure]:
+    def median(what: str) -> float:
+        return statistics.median(samples[what])
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(one / other for one, other in zip(samples[a], samples[b], strict=True))
+
+    it = "pretrain_gpt.py, "
+    return [
+        Figure(f"{it}kill to first step, warm replacement", median(_WARM), "s", at_most=1.5),
+        Figure(f"{it}kill to first step, cold replacement", median(_COLD), "s", at_most=5.0),
+        Figure(f"{it}kill to first step, start all again from the newest checkpoint", median(_TODAY), "s"),
+        Figure(f"{it}warm replacement / start all again", ratio(_WARM, _TODAY), "", at_most=0.1),
+        Figure(f"{it}start with the flag / without it", ratio(_WITH, _WITHOUT), "", at_most=1.05),
+        Figure(f"{it}start without the flag", median(_WITHOUT), "s"),
+    ]
+
+
+def recover(directory: Path, flags: tuple[str, ...]) -> float:
+    """Seconds of one recovery, by the run's own record."""
+    job = replace(_job(injections=(kill(_LOST, _STEP, "backward"),)), flags=flags)
+    with with_recovery(job, directory) as launched:
+        launched.must_end(_START_TIMEOUT)
+    (recovery,) = read_summary(directory).recoveries
+    return recovery.seconds.total
+
+
+def start_again(directory: Path) -> float:
+    """Seconds from the kill to the first step that had not been completed before it."""
+    saved = directory / "checkpoints"
+    job = _job("--save", str(saved), "--save-interval", "1", recovery=False)
+    marker = saved / "latest_checkpointed_iteration.txt"
+    with launched_by_torchrun(job, directory / "before") as launched:
+        saving = f"the checkpoint of step {_STEP - 1}"
+        launched.wait_for(lambda: marker.exists() and int(marker.read_text()) >= _STEP - 1, saving, _START_TIMEOUT)
+        lost, reached, began = launched.pid_of(_LOST), max(_iterations(launched)), time.monotonic()
+        os.kill(lost, signal.SIGKILL)
+        if launched.until_end(_STEP_TIMEOUT) == 0:
+            raise RuntimeError(f"torchrun did not notice the loss:\n{launched.output}")
+    job = replace(job, arguments=(*job.arguments, "--load", str(saved), "--no-load-optim"))
+    with launched_by_torchrun(job, directory / "after") as launched:
+        launched.wait_for(lambda: max(_iterations(launched), default=0) > reached, "a step", _START_TIMEOUT)
+        return _iterations(launched)[min(step for step in _iterations(launched) if step > reached)] - began
+
+
+def start(directory: Path, recovery: bool) -> float:
+    with with_recovery(_job(recovery=recovery), directory) as launched:
+        launched.wait_for(lambda: 1 in _iterations(launched), "the first step", _START_TIMEOUT)
+        began = next(said.time for said in launched.said if "the imports took" in said.text)
+        return _iterations(launched)[1] - began
+
+
+def _job(*arguments: str, injections: tuple[str, ...] = (), recovery: bool = True) -> Job:
+    return pretrain(*SHARDED, "--train-iters", str(_STEPS), *arguments, injections=injections, recovery=recovery)
+
+
+def _iterations(launched: Launched) -> dict[int, float]:
+    """When the line of each step was printed."""
+    found = [(_ITERATION.search(said.text), said.time) for said in list(launched.said)]
+    return {int(match[1]): at for match, at in found if match}

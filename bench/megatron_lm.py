@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.launched import Launched, launched_by_torchrun, with_recovery
+from bench.recovery import newest_checkpoint
 from bench.report import Figure, write
 from megatron_flashrecovery.runtime.summary import read_summary
 from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, kill, pretrain
@@ -79,10 +80,9 @@ def start_again(directory: Path) -> float:
     """Seconds from the kill to the first step that had not been completed before it."""
     saved = directory / "checkpoints"
     job = _job("--save", str(saved), "--save-interval", "1", recovery=False)
-    marker = saved / "latest_checkpointed_iteration.txt"
     with launched_by_torchrun(job, directory / "before") as launched:
         saving = f"the checkpoint of step {_STEP - 1}"
-        launched.wait_for(lambda: marker.exists() and int(marker.read_text()) >= _STEP - 1, saving, _START_TIMEOUT)
+        launched.wait_for(lambda: newest_checkpoint(saved) >= _STEP - 1, saving, _START_TIMEOUT)
         lost, reached, began = launched.pid_of(_LOST), max(_iterations(launched)), time.monotonic()
         os.kill(lost, signal.SIGKILL)
         if launched.until_end(_STEP_TIMEOUT) == 0:

@@ -75,7 +75,9 @@ def start_again(directory: Path) -> float:
     to_and_from = ("--save", str(saved), "--save-interval", "1", "--load", str(saved))
     arguments = ("--train-iters", str(_STEPS), *to_and_from)
     with torchrun(arguments, directory / "before") as launched:
-        launched.wait_for(lambda: _newest(saved) >= _STEP - 1, f"the checkpoint of step {_STEP - 1}", _START_TIMEOUT)
+        launched.wait_for(
+            lambda: newest_checkpoint(saved) >= _STEP - 1, f"the checkpoint of step {_STEP - 1}", _START_TIMEOUT
+        )
         lost = launched.pid_of(_LOST)
         reached = max(_steps(launched))
         began = time.monotonic()
@@ -88,10 +90,10 @@ def start_again(directory: Path) -> float:
         return _steps(launched)[first] - began
 
 
-def _newest(saved: Path) -> int:
-    """The marker is written last."""
+def newest_checkpoint(saved: Path) -> int:
+    """The marker is written last, and is empty for a moment before it is whole."""
     marker = saved / _MARKER
-    return int(marker.read_text()) if marker.exists() else 0
+    return int((marker.exists() and marker.read_text()) or 0)
 
 
 def _steps(launched: Launched) -> dict[int, float]:

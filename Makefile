@@ -17,7 +17,7 @@ demo: install
 	$(RUN) -m megatron_flashrecovery demo
 
 test: install
-	$(RUN) -m pytest -m "not gpu and not slow"
+	$(RUN) -m pytest -m "not gpu and not slow" --durations=20
 
 check: install
 	$(RUN) -m ruff format --check .

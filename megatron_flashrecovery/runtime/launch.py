@@ -53,14 +53,15 @@ def run(config: LaunchConfig) -> int:
         preload=config.preload and not config.module,
         hooks=config.hooks,
     )
+    told = _Told()
     try:
-        with _signals() as told, _controller(config) as (address, stop_controller):
+        with told.listening(), _controller(config) as (address, stop_controller):
             return _serve(config, workers, address, stop_controller, told)
     except Interruption as interruption:
         print(f"flashrecovery: {interruption}: ending {len(workers.living)} workers", file=sys.stderr, flush=True)
         return 128 + interruption.number
     finally:
-        workers.close(_GRACE)
+        workers.close(_GRACE if told.first is None else 0.0)  # else they have had their time
 
 
 def _serve(
@@ -194,14 +195,12 @@ class _Told:
         self.first = number
         self.pass_on(signal.Signals(number))
 
-
-@contextmanager
-def _signals() -> Iterator[_Told]:
-    """SIGTERM lets the workers end by themselves; a second one, or SIGINT, ends them at once."""
-    told = _Told()
-    before = {number: signal.signal(number, told.hear) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM lets the workers end by themselves; a second one, or SIGINT, ends them at once."""
+        before = {number: signal.signal(number, self.hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -25,6 +25,8 @@ from megatron_flashrecovery.runtime.dialogue import Seat, dialogue_codec
 from megatron_flashrecovery.runtime.fork_server import Ended, Fork, Forked, Preloaded, fork_codec
 
 _TAIL_NBYTES = 8192
+# A process that was killed ends within moments, unless it is stuck in the kernel.
+_REAPED_WITHIN = 5.0
 
 
 @dataclass(eq=False)
@@ -182,10 +184,10 @@ class Workers:
 
     def close(self, grace: float) -> None:
         """End every process: politely, and after ``grace`` seconds for good."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, _REAPED_WITHIN)):
             for worker in self.living:
                 self.kill(worker, number)
-            deadline = time.monotonic() + grace
+            deadline = time.monotonic() + patience
             while self._living and time.monotonic() < deadline:
                 self.poll()
                 time.sleep(0.01)

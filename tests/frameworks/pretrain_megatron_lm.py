@@ -28,7 +28,9 @@ if not hasattr(typing, "override"):
     typing.override = typing_extensions.override  # upstream's newer versions are written for Python 3.12
 
 if "TELL_MODULES" in os.environ:
-    atexit.register(lambda: print("ours:", *sorted(name for name in sys.modules if "flashrecovery" in name)))
+    atexit.register(
+        lambda: print("ours:", *sorted(name for name in sys.modules if name.startswith("megatron_flashrecovery")))
+    )
 
 CHECKOUT = Path(os.environ["MEGATRON_LM"])
 sys.path.insert(0, str(CHECKOUT))

@@ -55,7 +55,7 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
 
 def _injected(faults: list[str], arguments: argparse.Namespace) -> frozenset[Rank]:
     """Raises ``ConfigError``: a wrong SPEC is refused before the first run, not after it."""
-    # Here: it imports torch, which takes a moment, and something has been said by now.
+    # Here: the other commands do without.
     from megatron_flashrecovery.runtime.launch_config import Injection, LaunchConfig
 
     injections = tuple(Injection.parse(spec) for spec in faults)

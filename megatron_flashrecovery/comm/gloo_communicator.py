@@ -16,6 +16,7 @@ import re
 import socket
 import stat
 import threading
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +29,8 @@ _MEMBER = re.compile(r"^tfd:\s*(\d+)\s.*\bino:([0-9a-f]+)\b", re.MULTILINE)
 _CONNECT = timedelta(seconds=30)
 _ATTEMPTS = 20
 _DEVICE_LOCK = threading.Lock()
+_seen: set[int] = set()
+"""Inodes of everything that was in an event loop when a device was made; numbers are not given twice in a lifetime."""
 
 
 class GlooTransport:
@@ -91,20 +94,27 @@ def _create_devices() -> tuple[list[dist.ProcessGroupGloo.Device], tuple[int, ..
 def _create_device(interface: str) -> tuple[dist.ProcessGroupGloo.Device, int]:
     make = dist.ProcessGroupGloo
     for _ in range(_ATTEMPTS):
-        known = {inode for epoll in _epolls() for _, inode in _members(epoll)}
+        before = set(os.listdir("/proc/self/fd"))
         device = make.create_device(interface=interface) if interface else make.create_default_device()
-        fresh = [epoll for epoll in _epolls() if _is_new_device(epoll, known)]
-        # Gloo's loop is woken through a pipe, others through an eventfd or a socket.
-        likely = [epoll for epoll in fresh if _has_pipe(epoll)] if len(fresh) > 1 else fresh
-        if len(likely) == 1:
-            return device, likely[0]
-        # Somebody made an event loop for a listening socket in the same microseconds: it is known the next time.
-    raise RuntimeError(f"cannot tell the event loop of a new gloo device from {len(fresh)} candidates")
+        after = set(os.listdir("/proc/self/fd"))
+        # Among the new numbers, unless somebody closed a descriptor meanwhile, whose number the loop may have now.
+        found = _fresh_loops(after - before) or _fresh_loops(after)
+        if len(found) == 1:
+            return device, found[0]
+        # Somebody made such an event loop in the same microseconds: it is known the next time.
+    raise RuntimeError(f"cannot tell the event loop of a new gloo device from {len(found)} candidates")
 
 
-def _epolls() -> list[int]:
+def _fresh_loops(names: Iterable[str]) -> list[int]:
+    members_of = {epoll: _members(epoll) for epoll in _epolls(names)}
+    fresh = [epoll for epoll, members in members_of.items() if _is_new_device(members)]
+    _seen.update(inode for members in members_of.values() for _, inode in members)
+    return fresh
+
+
+def _epolls(names: Iterable[str]) -> list[int]:
     found = []
-    for name in os.listdir("/proc/self/fd"):
+    for name in names:
         try:
             if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
                 found.append(int(name))
@@ -113,25 +123,21 @@ def _epolls() -> list[int]:
     return found
 
 
-def _is_new_device(epoll: int, known: set[int]) -> bool:
-    """One listening TCP socket that no event loop had before, and no other socket. The number of the descriptor says
-    nothing: it may have belonged to a device that is being closed."""
-    members = _members(epoll)
+def _is_new_device(members: list[tuple[int, int]]) -> bool:
+    """One listening TCP socket and no other, a pipe (by which gloo wakes its loop; others have an eventfd or a socket),
+    and nothing that an event loop had before: a number may have belonged to a device that is being closed."""
+    if any(inode in _seen for _, inode in members):
+        return False
     sockets = [held for descriptor, inode in members if (held := _hold(descriptor, inode)) is not None]
     try:
-        return (
-            len(sockets) == 1
-            and os.fstat(sockets[0].fileno()).st_ino not in known
-            and _is_tcp(sockets[0])
-            and _is_listening(sockets[0])
-        )
+        return len(sockets) == 1 and _is_tcp(sockets[0]) and _is_listening(sockets[0]) and _has_pipe(members)
     finally:
         for held in sockets:
             held.close()
 
 
-def _has_pipe(epoll: int) -> bool:
-    for descriptor, inode in _members(epoll):
+def _has_pipe(members: list[tuple[int, int]]) -> bool:
+    for descriptor, inode in members:
         try:
             status = os.fstat(descriptor)
         except OSError:

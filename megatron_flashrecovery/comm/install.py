@@ -58,13 +58,27 @@ class Installation:
         self._request: GroupRequest | None = None
         self._undo: list[tuple[Any, str, Any]] = []
         self._original: dict[str, Callable[..., Any]] = {}
+        self._signature: dict[str, inspect.Signature] = {}
 
     def install(self) -> None:
         if BACKEND.upper() in dist.Backend._plugins:
             raise ConfigError("flash recovery's groups are already installed in this process")
         dist.Backend.register_backend(BACKEND, self._create, extended_api=True, devices=["cpu", "cuda"])
-        for name, replacement in self._replacements().items():
-            self._replace(name, replacement)
+        replacements = self._replacements()
+        for name in replacements:
+            original = getattr(c10d, name, None)
+            if original is not None:
+                self._original[name] = original
+                self._signature[name] = inspect.signature(original)
+            elif name != "shrink_group":  # older torch has none
+                raise SeamChanged(f"torch {torch.__version__} has no distributed_c10d.{name}")
+        # torch's own modules (device meshes, pipelining) have imported some of these names.
+        for module in [m for key, m in sys.modules.copy().items() if key.startswith("torch.distributed")]:
+            held = getattr(module, "__dict__", {})
+            for name, original in self._original.items():
+                if held.get(name) is original:
+                    self._undo.append((module, name, original))
+                    setattr(module, name, replacements[name])
 
     def uninstall(self) -> None:
         for module, name, original in reversed(self._undo):
@@ -83,19 +97,6 @@ class Installation:
             "batch_isend_irecv": self._batch_isend_irecv,
         }
 
-    def _replace(self, name: str, replacement: Callable[..., Any]) -> None:
-        original = getattr(c10d, name, None)
-        if original is None:
-            if name == "shrink_group":
-                return  # older torch has none
-            raise SeamChanged(f"torch {torch.__version__} has no distributed_c10d.{name}")
-        self._original[name] = original
-        # torch's own modules (device meshes, pipelining) have imported some of these names.
-        for module in [m for key, m in sys.modules.copy().items() if key.startswith("torch.distributed")]:
-            if getattr(module, "__dict__", {}).get(name) is original:
-                self._undo.append((module, name, original))
-                setattr(module, name, replacement)
-
     def _create(self, _options: object, _backend_options: object) -> FlashGroup:
         request, self._request = self._request, None
         assert request is not None, "only our own helper asks for this backend"
@@ -103,7 +104,7 @@ class Installation:
 
     def _init_process_group(self, *args: object, **kwargs: object) -> None:
         original = self._original["init_process_group"]
-        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        arguments = self._signature["init_process_group"].bind(*args, **kwargs).arguments
         for name, ours in (("rank", self._maker.rank), ("world_size", self._maker.world_size)):
             if arguments.get(name, -1) not in (-1, ours):
                 raise ConfigError(f"init_process_group was given {name} {arguments[name]}, the launcher says {ours}")
@@ -115,7 +116,7 @@ class Installation:
 
     def _new_process_group_helper(self, *args: object, **kwargs: object) -> tuple[dist.ProcessGroup, Store | None]:
         original = self._original["_new_process_group_helper"]
-        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        arguments = self._signature["_new_process_group_helper"].bind(*args, **kwargs).arguments
         backend = dist.Backend(arguments["backend"])
         config = c10d.BackendConfig(backend)
         device = arguments.pop("device_id", None)

@@ -255,12 +255,13 @@ class GroupRegistry:
         return Communicator(group.identity, store)
 
     def _connect(self, group: FlashGroup, eagerly: bool = True) -> None:
-        """A job-sized group only gets its tree; its flat communicator is made when a large operation comes."""
+        """A job-sized group only gets its tree; its flat communicator is made when a large operation comes. Whoever is
+        alone makes one when an operation comes, and Megatron-LM has some such groups that see none."""
         group.epoch = self._epoch
         if group.identity.size > self._tree_above:
             group.tree = group.tree or Tree(group.identity.rank, group.identity.size, self._timeout)
             group.tree.relink(self._store_of(group), int(self._epoch))
-        else:
+        elif group.identity.size > 1:
             group.communicator = self._make(group)
             if eagerly:
                 group.communicator.connect()

@@ -15,6 +15,8 @@ from torch._C._distributed_c10d import Store
 from megatron_flashrecovery.comm.communicator import Severed
 
 _FIRST_LOOK, _LAST_LOOK = 0.001, 0.05
+_TOO_LATE = 0.25
+"""At most, as a part of the time that was waited."""
 
 
 def meet(store: Store, size: int, severed: Callable[[], str | None], timeout: timedelta) -> None:
@@ -23,14 +25,13 @@ def meet(store: Store, size: int, severed: Callable[[], str | None], timeout: ti
         return
     if store.add("here", 1) == size:
         store.set("all", "")
-    deadline = time.monotonic() + timeout.total_seconds()
-    pause = _FIRST_LOOK
+    began = time.monotonic()
     # Looks, not waits: a wait in the store cannot be woken, and torch warns of each one that times out.
     while not store.check(["all"]):
         reason = severed()
         if reason is not None:
             raise Severed(reason)
-        if time.monotonic() >= deadline:
+        waited = time.monotonic() - began
+        if waited >= timeout.total_seconds():
             raise RuntimeError(f"only {store.add('here', 0)} of {size} members came within {timeout}")
-        time.sleep(pause)
-        pause = min(2 * pause, _LAST_LOOK)
+        time.sleep(min(max(_FIRST_LOOK, _TOO_LATE * waited), _LAST_LOOK))

@@ -99,6 +99,7 @@ def _begin(args: Any) -> None:
 
 
 def _hook_training(module: ModuleType) -> None:
+    _loop_type()  # once in the fork server, instead of once in each worker
     _wrap_pretrain(module)
     for name, method in WRAPPED.items():
         _wrap(module, name, operator.attrgetter(method))
@@ -160,10 +161,15 @@ def _the_loop(module: ModuleType) -> Loop | None:
     """There is one as soon as the arguments ask for it."""
     global _loop
     if _loop is None and _session is not None:
-        from megatron_flashrecovery.adapters.megatron_lm.loop import Loop
-
-        _loop = Loop(_session, module, module.get_args())
+        _loop = _loop_type()(_session, module, module.get_args())
     return _loop
+
+
+def _loop_type() -> type[Loop]:
+    """Its modules import upstream's, which must not happen before the script does it."""
+    from megatron_flashrecovery.adapters.megatron_lm.loop import Loop
+
+    return Loop
 
 
 def _function(module: ModuleType, name: str) -> Callable[..., Any]:

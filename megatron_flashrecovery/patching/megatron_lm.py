@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ _LAUNCHER = (
 
 @dataclass(frozen=True)
 class Known:
-    """A version for which there is a patch and a table of seams. ``tag`` is upstream's."""
+    """A version for which there is a patch and a table of seams. ``tag`` is upstream's, or ``main_`` and a date."""
 
     tag: str
     patch: dict[str, FilePatch]
@@ -90,7 +91,7 @@ def known_versions() -> list[Known]:
     """Oldest first."""
     folder = Path(__file__).parent / "patches" / "megatron_lm"
     found = []
-    for table in sorted(folder.glob("*.toml"), key=lambda path: [int(part) for part in path.stem[6:].split(".")]):
+    for table in sorted(folder.glob("*.toml"), key=lambda path: _age(path.stem)):
         seams = tuple(
             Seam(each["file"], each["name"], tuple(each["parameters"]), each["sha256"])
             for each in tomllib.loads(table.read_text())["seam"]
@@ -195,6 +196,11 @@ def make_seams(root: Path) -> list[Seam]:
     missing = [place for place, seam in zip(WATCHED, found, strict=True) if seam is None]
     assert not missing, missing
     return [seam for seam in found if seam is not None]
+
+
+def _age(tag: str) -> tuple[bool, list[int]]:
+    """What is no release yet is newer than all releases."""
+    return tag.startswith("main_"), [int(number) for number in re.findall(r"\d+", tag)]
 
 
 def _version(package_info: Path) -> str:

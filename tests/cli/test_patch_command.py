@@ -145,7 +145,7 @@ def test_what_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 def test_every_known_version_has_a_patch_of_insertions_and_its_seams() -> None:
     known = known_versions()
     assert [each.tag for each in known] == [
-        *("core_v0.15.3", "core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0"),
+        *("core_v0.15.3", "core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0", "main_2026-08-22"),
     ]
     for each in known:
         (patch,) = each.patch.values()

@@ -96,7 +96,12 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(refusal: arguments.R
     name = refusal.flags.split()[0].removeprefix("--").replace("-", "_")
     if name == "check_weight_hash_across_dp_replicas_interval":
         assert refusal.applies(SimpleNamespace(**{name: 5}))
-    value = {"cuda_graph_impl": "local", "dataloader_type": "external"}.get(name, True)
+    value = {
+        "cuda_graph_impl": "local",
+        "dataloader_type": "external",
+        "moe_token_dispatcher_type": "flex",
+        "tensor_parallel_num_weight_shards": 2,
+    }.get(name, True)
     arguments.check(SimpleNamespace())
     with pytest.raises(ConfigError, match=f"cannot be combined with {re.escape(refusal.flags)}: "):
         arguments.check(SimpleNamespace(**{name: value}))

@@ -50,6 +50,22 @@ REFUSALS: Sequence[Refusal] = (
     _refuse("--use-nccl-ub", "registered buffers belong to a communicator that is replaced"),
     _refuse("--use-sharp", "a SHARP tree cannot lose and regain a member"),
     _refuse("--moe-enable-deepep", "DeepEP's buffers are communicators that cannot be replaced"),
+    Refusal(
+        "--moe-token-dispatcher-type flex",
+        "the buffers of DeepEP and HybridEP are communicators that cannot be replaced",
+        lambda args: getattr(args, "moe_token_dispatcher_type", None) == "flex",
+    ),
+    _refuse("--optimizer-cuda-graph", "a captured graph keeps the communicators that it was captured with"),
+    Refusal(
+        "--tensor-parallel-num-weight-shards",
+        "the groups over which it gathers weights were not tried with recovery",
+        lambda args: (getattr(args, "tensor_parallel_num_weight_shards", None) or 1) > 1,
+    ),
+    Refusal(
+        "--gpu-sniff-test-interval",
+        "between two steps it enters collectives that are not protected",
+        lambda args: getattr(args, "gpu_sniff_test_interval", None) is not None,
+    ),
     _refuse("--enable-cuda-graph", "a captured graph keeps the communicators that it was captured with"),
     _refuse("--external-cuda-graph", "a captured graph keeps the communicators that it was captured with"),
     Refusal(

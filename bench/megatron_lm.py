@@ -1,8 +1,9 @@
-"""Megatron-LM's own `pretrain_gpt.py`, of the checkout that MEGATRON_LM names: a recovery, and a start with the flag.
+"""Megatron-LM's own `pretrain_gpt.py`, of the checkout that MEGATRON_LM names: a recovery, a start, a step with the flag.
 
 The model is that of `tests/frameworks`, TP2 x PP2 x DP2. Recovery is measured as in `recovery`; today's way loads no
 optimizer state, for upstream cannot load that of torch's Adam, which favours it. A start is timed from the moment at
 which the imports are done, which all workers share, to the first line of upstream's log, with the flag and without it.
+A step is measured as in `cost`, with its model and in turns, by the lines of upstream's log.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.cost import ENOUGH, MODEL, OFF, ON, PAIRS, unique_nbytes
 from bench.launched import Launched, launched_by_torchrun, with_recovery
 from bench.recovery import newest_checkpoint
 from bench.report import Figure, write
+from bench.turns import PATIENCE, Samples, compare
 from megatron_flashrecovery.runtime.summary import read_summary
 from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, kill, pretrain
 from tests.processes.launcher import Job
@@ -29,9 +32,8 @@ _LOST, _STEP, _STEPS = 5, 6, 8
 _WARM, _COLD, _TODAY = "warm", "cold", "today"
 _WITH, _WITHOUT = "start with the flag", "start without it"
 _START_TIMEOUT, _STEP_TIMEOUT = 180.0, 60.0
+_STEP_TIMES = (f"step, {ON} beside {OFF}", f"step, {OFF} beside {ON}")
 _ITERATION = re.compile(r" iteration +(\d+)/")
-
-Samples = dict[str, list[float]]
 
 
 def main() -> None:
@@ -46,6 +48,8 @@ def main() -> None:
             samples.setdefault(_TODAY, []).append(start_again(Path(directory, _TODAY)))
             for name in (_WITH, _WITHOUT) if number % 2 else (_WITHOUT, _WITH):
                 samples.setdefault(name, []).append(start(Path(directory, name), recovery=name == _WITH))
+    with tempfile.TemporaryDirectory() as directory:
+        steps(Path(directory), samples)
     write("megatron_lm", figures(samples), samples)
 
 
@@ -64,6 +68,9 @@ def figures(samples: Samples) -> list[Figure]:
         Figure(f"{it}warm replacement / start all again", ratio(_WARM, _TODAY), "", at_most=0.1),
         Figure(f"{it}start with the flag / without it", ratio(_WITH, _WITHOUT), "", at_most=1.05),
         Figure(f"{it}start without the flag", median(_WITHOUT), "s"),
+        Figure(f"{it}step time, with the flag / without it", ratio(*_STEP_TIMES), "", at_most=1.03),
+        Figure(f"{it}step time without the flag", median(_STEP_TIMES[1]), "s"),
+        Figure(f"{it}unique state of the rank that has least", min(samples["unique"]) / 2**20, "MiB", at_least=64.0),
     ]
 
 
@@ -98,6 +105,26 @@ def start(directory: Path, recovery: bool) -> float:
         launched.wait_for(lambda: 1 in _iterations(launched), "the first step", _START_TIMEOUT)
         began = next(said.time for said in launched.said if "the imports took" in said.text)
         return _iterations(launched)[1] - began
+
+
+class Logged(Launched):
+    """Its steps are those of upstream's log, for without the flag there is no other record."""
+
+    def steps_done(self) -> int:
+        return max(_iterations(self), default=0)
+
+
+def steps(directory: Path, samples: Samples) -> None:
+    """Enough of them; both jobs are ended when enough has been measured."""
+    model = [part for flag, value in MODEL.items() for part in (flag, str(value))]
+
+    def launched(name: str, recovery: bool) -> Logged:
+        job = replace(_job(*model, "--train-iters", str(ENOUGH), recovery=recovery), flags=PATIENCE)
+        return Logged(job.command(directory / name), directory / name)
+
+    with launched(ON, recovery=True) as job_on, launched(OFF, recovery=False) as job_off:
+        compare(ON, job_on, OFF, job_off, PAIRS, samples)
+    samples["unique"] = unique_nbytes(directory / ON)
 
 
 def _job(*arguments: str, injections: tuple[str, ...] = (), recovery: bool = True) -> Job:

@@ -1,4 +1,4 @@
-"""Megatron-LM's own `pretrain_gpt.py`, of the checkout that MEGATRON_LM names: a recovery, a start, a step with the flag.
+"""Megatron-LM's own `pretrain_gpt.py`, of the checkout in MEGATRON_LM: a recovery, a start, and a step with the flag.
 
 The model is that of `tests/frameworks`, TP2 x PP2 x DP2. Recovery is measured as in `recovery`; today's way loads no
 optimizer state, for upstream cannot load that of torch's Adam, which favours it. A start is timed from the moment at

@@ -60,6 +60,9 @@ class Transport(Protocol):
     def finish(self, work: dist.Work) -> None:
         """Block the host until the operation is complete on the device."""
 
+    def succeeded(self, work: dist.Work) -> bool:
+        """Whether an operation that is over has ended well. From any thread; does not block."""
+
     def sever(self) -> None:
         """Make everybody inside fail at once, remote members included. From any thread; does not block."""
 

@@ -62,6 +62,9 @@ class GlooTransport:
     def finish(self, work: dist.Work) -> None:
         work.wait()
 
+    def succeeded(self, work: dist.Work) -> bool:
+        return work.is_success()
+
     def sever(self) -> None:
         # The lock: once the device is closed, its epoll descriptor may belong to somebody else.
         with self._lock:

@@ -1,4 +1,4 @@
-"""NCCL as a transport that can be severed: abort as one batch, and never believe an operation that an abort ended.
+"""NCCL as a transport that can be severed: abort all at once, and never believe an operation that an abort ended.
 
 The host runs ahead of the device, and an aborted operation completes on its stream with garbage. Therefore an operation
 is complete only if the device event behind it completed while no abort had begun; and aborts run on a thread of their
@@ -34,6 +34,10 @@ def nccl_environment() -> Mapping[str, str]:
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
         "TORCH_NCCL_PROPAGATE_ERROR": "0",
+        # An error that the watchdog sees makes every process of the job write a report and end a heartbeat timeout
+        # later; whoever closes the group waits for that. The watchdog waits four times as long as a report may take.
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
         "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": str(_HEARTBEAT_SECONDS),
     }
 
@@ -54,9 +58,14 @@ def contradictions(environ: Mapping[str, str]) -> list[str]:
     # The old spellings are read as well, and blocking waits end with an abort that is not ours.
     wrong += [
         f"{name} contradicts flash recovery: unset it"
-        for name in ("NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT", "TORCH_NCCL_BLOCKING_WAIT")
+        for name in (
+            *("NCCL_ASYNC_ERROR_HANDLING", "NCCL_BLOCKING_WAIT", "TORCH_NCCL_BLOCKING_WAIT"),
+            *("NCCL_DESYNC_DEBUG", "TORCH_NCCL_DESYNC_DEBUG"),  # turns the handling of errors on again
+        )
         if environ.get(name, "0") != "0"
     ]
+    if environ.get("TORCH_DISTRIBUTED_DEBUG", "").upper() == "DETAIL":  # does the same
+        wrong.append("TORCH_DISTRIBUTED_DEBUG=DETAIL contradicts flash recovery: use INFO, or unset it")
     return wrong
 
 
@@ -91,12 +100,21 @@ class NcclTransport:
         if self._aborting.is_set():
             raise Severed("aborted while the operation was under way")
 
+    def succeeded(self, work: dist.Work) -> bool:
+        # Asking whether it succeeded raises (WorkNCCL::isSuccess is deprecated). Waiting for what is over does not
+        # block, and raises what NCCL has reported.
+        try:
+            work.wait()
+        except RuntimeError:
+            return False
+        return not self._aborting.is_set()
+
     def sever(self) -> None:
         self.sever_batch([self])
 
     @staticmethod
     def sever_batch(transports: Sequence[NcclTransport]) -> None:
-        """Abort all of them as one batch, on a thread of its own; ``settle`` waits for it."""
+        """Abort all of them at once, on other threads; ``settle`` waits for that."""
         transports = [transport for transport in transports if not transport._aborting.is_set()]
         if not transports:
             return
@@ -123,21 +141,23 @@ _ABORT_DEADLINE = timedelta(seconds=30)
 
 
 def _abort(transports: Sequence[NcclTransport]) -> None:
-    # Between group start and end NCCL begins all aborts before it waits for any (as c10d._abort_process_group does).
-    backends = [transport.backend for transport in transports if transport.backend is not None]
-    first = backends[0] if backends else None
-    try:
-        if first is not None:
-            first._group_start()
-        for backend in backends:
-            # An abort that fails leaves a communicator that is dead anyway; the others must still be aborted.
-            with contextlib.suppress(RuntimeError):
-                backend.abort()
-        if first is not None:
-            first._group_end()
-    finally:
-        for transport in transports:
-            transport._aborted.set()
+    # All at once. An abort waits for kernels that may wait for those of another communicator, and torch does each on a
+    # thread of its own, where a group of calls begun here does not reach (ProcessGroupNCCL::abort).
+    threads = [threading.Thread(target=_abort_one, args=(transport,), daemon=True) for transport in transports]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # None is settled before all are: nobody frees one while another is still being aborted.
+    for transport in transports:
+        transport._aborted.set()
+
+
+def _abort_one(transport: NcclTransport) -> None:
+    # An abort that fails leaves a communicator that is dead anyway.
+    with contextlib.suppress(RuntimeError):
+        if transport.backend is not None:
+            transport.backend.abort()
 
 
 def _options(identity: GroupIdentity) -> dist.ProcessGroupNCCL.Options:

@@ -127,7 +127,7 @@ class PendingWork(dist.Work):
                 return
             if carrier.severed is not None:
                 self._fail(Severed(carrier.severed))
-            elif all(work is None or work.is_success() for work in self._works):
+            elif self._succeeded(carrier):
                 self._group.ledger.complete(self.entry)
             else:
                 self._group.ledger.fail(self.entry, f"{self.spot.operation} failed")
@@ -155,6 +155,10 @@ class PendingWork(dist.Work):
         if is_complete:
             self._group.ledger.complete(entry)
 
+    def _succeeded(self, carrier: Communicator | Tree) -> bool:
+        transport = carrier.transport(self.calls[0].outputs or self.calls[0].inputs)
+        return all(work is None or transport.succeeded(work) for work in self._works)
+
     def _fail(self, error: Exception) -> None:
         self._error = error  # for whoever waits for it later
         self._group.ledger.fail(self.entry, str(error).partition("\n")[0])
@@ -163,7 +167,8 @@ class PendingWork(dist.Work):
         return self._done or all(work is None or work.is_completed() for work in self._works)
 
     def is_success(self) -> bool:
-        return self._done or all(work is None or work.is_success() for work in self._works)
+        carrier = self._carrier
+        return self._done or carrier is None or self._succeeded(carrier)
 
     def exception(self) -> object:
         return None if self._done else next((work.exception() for work in self._works if work is not None), None)

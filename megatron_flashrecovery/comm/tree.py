@@ -75,6 +75,10 @@ class Tree:
     def finish(self, work: object) -> None:
         """Operations are over when they have been issued."""
 
+    def succeeded(self, work: object) -> bool:
+        """Those that do not have raised when they were issued."""
+        return True
+
     def settle(self) -> None:
         """Severing is done when ``sever`` returns."""
 

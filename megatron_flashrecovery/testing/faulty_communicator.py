@@ -26,7 +26,7 @@ class WouldDeadlock(AssertionError):
 
 
 class FaultyWork:
-    """Complete once released or severed; always successful, as far as it says."""
+    """Complete once released or severed. Whether it was successful it does not say, as NCCL's does not."""
 
     def __init__(self, outputs: Sequence[torch.Tensor], over: threading.Event) -> None:
         self.outputs = outputs
@@ -36,7 +36,7 @@ class FaultyWork:
         return self.over.is_set()
 
     def is_success(self) -> bool:
-        return True
+        raise NotImplementedError("WorkNCCL::isSuccess() is deprecated")
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         return True
@@ -116,6 +116,10 @@ class FaultyTransport:
 
     def finish(self, work: object) -> None:
         assert self._group.over.wait(timeout=20), "neither released nor severed in time"
+
+    def succeeded(self, work: object) -> bool:
+        """No error is ever seen here."""
+        return True
 
     def sever(self) -> None:
         self._group.spoil()

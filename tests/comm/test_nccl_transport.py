@@ -20,6 +20,7 @@ class FakeNccl:
 
     log: ClassVar[list[str]] = []
     abort_may_end: ClassVar[threading.Event]
+    aborts_meet: ClassVar[threading.Barrier]
 
     class Options:
         _timeout: Any = None
@@ -30,15 +31,11 @@ class FakeNccl:
     def _set_sequence_number_for_group(self) -> None:
         pass
 
-    def _group_start(self) -> None:
-        self.log.append("start")
-
-    def _group_end(self) -> None:
-        self.abort_may_end.wait(10)
-        self.log.append("end")
-
     def abort(self) -> None:
         self.log.append(f"abort {self.name}")
+        self.aborts_meet.wait(10)
+        self.abort_may_end.wait(10)
+        self.log.append("end")
 
     def shutdown(self) -> None:
         self.log.append(f"shutdown {self.name}")
@@ -51,6 +48,7 @@ class FakeNccl:
 def make(monkeypatch):
     FakeNccl.log.clear()
     FakeNccl.abort_may_end = threading.Event()
+    FakeNccl.aborts_meet = threading.Barrier(1)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeNccl, raising=False)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
 
@@ -62,13 +60,16 @@ def make(monkeypatch):
     FakeNccl.abort_may_end.set()
 
 
-def test_all_abort_in_one_batch_and_before_any_is_freed(make):
+def test_all_abort_at_once_and_before_any_is_freed(make):
+    """Each waits for the other here, as an abort does for kernels that wait for those of another communicator."""
     transports = [make("a"), make("b")]
+    FakeNccl.aborts_meet = threading.Barrier(2)
     FakeNccl.abort_may_end.set()
     NcclTransport.sever_batch(transports)
     for transport in transports:
         transport.close(gently=False)
-    assert FakeNccl.log == ["start", "abort a", "abort b", "end", "free a", "free b"]
+    assert sorted(FakeNccl.log[:2]) == ["abort a", "abort b"]
+    assert FakeNccl.log[2:] == ["end", "end", "free a", "free b"]
 
 
 def test_severing_does_not_wait_for_the_abort_but_settling_does(make):
@@ -112,6 +113,31 @@ def test_an_operation_that_ends_after_an_abort_began_is_not_finished(make, monke
     transport.settle()
 
 
+class Work:
+    """Over. Like WorkNCCL it does not say whether it succeeded."""
+
+    def __init__(self, error: str = "") -> None:
+        self._error = error
+
+    def is_success(self) -> bool:
+        raise NotImplementedError("WorkNCCL::isSuccess() is deprecated")
+
+    def wait(self) -> bool:
+        if self._error:
+            raise RuntimeError(self._error)
+        return True
+
+
+def test_what_is_over_has_succeeded_unless_nccl_reports_an_error_or_an_abort_has_begun(make):
+    transport = make("a")
+    assert transport.succeeded(Work())
+    assert not transport.succeeded(Work("ncclRemoteError"))
+    FakeNccl.abort_may_end.set()
+    transport.sever()
+    transport.settle()
+    assert not transport.succeeded(Work())
+
+
 def test_a_torch_without_nccl_says_so_in_one_line():
     if dist.is_nccl_available():
         pytest.skip("this torch has NCCL")
@@ -129,6 +155,10 @@ def test_a_torch_without_nccl_says_so_in_one_line():
         pytest.param({"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "60"}, ["HEARTBEAT_TIMEOUT_SEC=60"], id="heartbeat"),
         pytest.param({"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "7200"}, [], id="longer-heartbeat"),
         pytest.param({"NCCL_BLOCKING_WAIT": "1"}, ["NCCL_BLOCKING_WAIT"], id="old-spelling"),
+        pytest.param({"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}, ["TORCH_NCCL_DUMP_ON_TIMEOUT=1"], id="reports"),
+        pytest.param({"TORCH_NCCL_DESYNC_DEBUG": "1"}, ["TORCH_NCCL_DESYNC_DEBUG"], id="desync"),
+        pytest.param({"TORCH_DISTRIBUTED_DEBUG": "detail"}, ["TORCH_DISTRIBUTED_DEBUG"], id="detail"),
+        pytest.param({"TORCH_DISTRIBUTED_DEBUG": "INFO"}, [], id="info"),
     ],
 )
 def test_settings_that_recovery_cannot_live_with_are_named(environ, named):

@@ -2,8 +2,8 @@
 
 It runs the script once under a name that is not ``__main__``, as multiprocessing's fork server does, so whatever
 stands outside ``if __name__ == "__main__"`` is done in advance. It must stay single-threaded, without an RPC library
-and without a device context, or a fork of it may hang or crash much later: it checks that, and refuses to serve when
-it does not hold.
+and without having initialised CUDA, or a fork of it may hang or crash much later: it checks that, and refuses to serve
+when it does not hold.
 
 Started by the agent as ``python -m megatron_flashrecovery.runtime.fork_server FD SCRIPT HOOK...``; FD is its end of a
 socket pair, and each HOOK (``module:function``) is called before the script is loaded.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import ctypes
 import gc
 import os
@@ -75,6 +76,8 @@ def main() -> None:
     die_with_parent()
     leave_without_teardown()
     channel = Channel(socket.socket(fileno=int(sys.argv[1])), fork_codec())
+    # Else torch.cuda.is_available initialises CUDA, and no fork of this process can use a device (its docstring).
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     began = time.monotonic()
     script, hooks = sys.argv[2], sys.argv[3:]
     call_hooks(hooks)
@@ -118,10 +121,25 @@ def unsafe_to_fork() -> str:
         return f"importing the script started {threads - 1} threads, and a fork would lose them"
     if "grpc" in sys.modules:
         return "importing the script loaded grpc, which does not survive a fork"
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return "importing the script made a CUDA context, which does not survive a fork"
+    if sys.modules.get("torch") is not None and not _a_fork_can_use_cuda():
+        return "importing the script initialised CUDA, which does not survive a fork"
     return ""
+
+
+def _a_fork_can_use_cuda() -> bool:
+    """Asked of a fork: neither torch nor the driver tells the process itself."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            usable = not sys.modules["torch"].cuda._is_in_bad_fork()
+            with contextlib.suppress(OSError):
+                # The driver refuses a process whose parent has used it, through torch or not, with this number
+                # (CUDA_ERROR_NOT_INITIALIZED). Where there is no driver nobody has.
+                usable = usable and ctypes.CDLL("libcuda.so.1").cuInit(0) != 3
+            os._exit(not usable)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def _serve(channel: Channel) -> tuple[int, int] | None:

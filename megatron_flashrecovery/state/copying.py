@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeAlias
 
@@ -73,6 +74,10 @@ class DeviceCopier:
         address = memory.data_ptr()
         if int(torch.cuda.cudart().cudaHostRegister(address, memory.numel(), 0)) == 0:  # type: ignore[no-untyped-call]
             self._registered.append(address)
+        else:
+            # The device remembers the refusal as its last error, and blames the next kernel for it.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device=self._device).neg_()
 
     def copy_out(self, pairs: Sequence[Pair]) -> Callable[[], None]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

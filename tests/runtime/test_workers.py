@@ -119,6 +119,27 @@ def test_a_worker_killed_before_its_pid_is_known_still_ends(workers: Workers) ->
     wait_for_end(workers)
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_workers_start_cold_where_a_fork_could_not_use_cuda(tmp_path: Path, bad: bool) -> None:
+    """What torch says in a child of a process that has initialised CUDA, which ``torch.cuda.is_available`` does."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import torch\ntorch.cuda._is_in_bad_fork = lambda: {bad}\n" + GUARDED)
+    pool = Workers(str(script), tmp_path / "logs", dict(os.environ), preload=True)
+    pool.wait_for_server(60.0)
+    assert ("initialised CUDA" in pool.cold_because) == bad
+    pool.close(grace=1.0)
+
+
+@pytest.mark.gpu
+def test_a_script_that_looks_for_a_gpu_can_be_forked(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import torch\nassert torch.cuda.is_available()\n" + GUARDED)
+    pool = Workers(str(script), tmp_path / "logs", dict(os.environ), preload=True)
+    pool.wait_for_server(60.0)
+    assert pool.cold_because == ""
+    pool.close(grace=1.0)
+
+
 def test_a_script_that_cannot_be_imported_is_refused_with_its_error(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text("import no_such_module\n" + GUARDED)

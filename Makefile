@@ -35,7 +35,9 @@ bench: install
 	$(RUN) -m bench.readme
 
 gpu: install
-	$(RUN) -m pytest -m gpu
+	$(RUN) -m pytest -m gpu --durations=20
+	$(RUN) -m bench gpu
+	$(RUN) -m bench.readme
 
 install: $(STAMP)
 

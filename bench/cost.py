@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import place
 from bench.launched import Launched, gpt, torchrun, with_recovery, without_recovery
 from bench.report import Figure, write
 from bench.turns import PATIENCE, Samples, compare
@@ -72,15 +73,13 @@ def figures(samples: Samples) -> list[Figure]:
 
 
 def measure(pair: tuple[str, str], directory: Path, samples: Samples) -> None:
-    """One round: two fresh jobs take ``PAIRS`` steps each, after some to warm up."""
+    """One round."""
     assert MODEL["--global-batch-size"] * MODEL["--seq-length"] == _TOKENS
     model = [part for flag, value in MODEL.items() for part in (flag, str(value))]
     arguments = (*model, "--lr", "1e-4", "--train-iters", str(ENOUGH))
-    a, b = pair
-    with _launch(a, arguments, directory / "a") as job_a, _launch(b, arguments, directory / "b") as job_b:
-        compare(a, job_a, b, job_b, PAIRS, samples)
-    if a == ON:
-        samples["unique"] = unique_nbytes(directory / "a")
+    records = compare(lambda what, where: _launch(what, arguments, where), *pair, PAIRS, directory, samples)
+    if ON in records:
+        samples["unique"] = unique_nbytes(records[ON])
 
 
 def _launch(what: str, arguments: Sequence[str], directory: Path) -> Launched:
@@ -97,6 +96,6 @@ def unique_nbytes(directory: Path) -> list[float]:
     """Of each rank, by what it told the controller."""
     bills = [line.body for line in read_journal(directory / FILE_NAME) if line.name == "BillNoted"]
     unique = {int(bill["rank"]): int(bill["unique_nbytes"]) for bill in bills}
-    assert len(unique) == 8, unique
+    assert len(unique) == place.layout().ranks, unique
     assert min(unique.values()) >= LEAST_UNIQUE, unique
     return [float(nbytes) for nbytes in unique.values()]

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import psutil
 
-from bench.launched import RECOVERY, Launched, with_recovery
+from bench import place
+from bench.launched import Launched, with_recovery
 from bench.report import Figure, write
 from megatron_flashrecovery.runtime.summary import read_summary
 from tests.processes.launcher import GPT, TOY, Job
+from tests.processes.matrix import RECOVERY
 
 RECOVERIES = 50
 GPT_RECOVERIES = 100
@@ -71,7 +73,9 @@ def toy(recoveries: int) -> Trial:
 
 
 def gpt(recoveries: int) -> Trial:
-    return Trial("GPT of 8 ranks", GPT, 8, (RECOVERY,), "--train-iters", recoveries, distance=3)
+    layout = place.layout()
+    arguments = (RECOVERY, *layout.arguments)
+    return Trial(f"GPT of {layout.ranks} ranks", GPT, layout.ranks, arguments, "--train-iters", recoveries, distance=3)
 
 
 @dataclass

@@ -10,17 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import psutil
 
+from bench import place
 from megatron_flashrecovery.runtime.journal import FILE_NAME, read_journal
 from megatron_flashrecovery.runtime.summary import STEPS_NAME
 from tests.processes.launcher import GPT, ROOT, Job
+from tests.processes.matrix import RECOVERY
 
-RECOVERY = "--enable-flash-recovery"
 _POLL = 0.002
 _GRACE = 10.0
 
@@ -134,9 +135,9 @@ def with_recovery(job: Job, directory: Path) -> Launched:
     return Launched(job.command(directory), directory)
 
 
-def torchrun(arguments: Sequence[str], directory: Path, script: Path = GPT, ranks: int = 8) -> Launched:
+def torchrun(arguments: Sequence[str], directory: Path) -> Launched:
     """As users start it without this package. The records of its steps go to ``directory``."""
-    return launched_by_torchrun(Job(script, ranks, ("--dump-dir", str(directory), *arguments)), directory)
+    return launched_by_torchrun(_without_recovery(arguments, directory), directory)
 
 
 def launched_by_torchrun(job: Job, directory: Path) -> Launched:
@@ -148,13 +149,19 @@ def launched_by_torchrun(job: Job, directory: Path) -> Launched:
 
 def without_recovery(arguments: Sequence[str], directory: Path, flags: Sequence[str] = ()) -> Launched:
     """Under our launcher, by a script that does not ask for recovery."""
-    job = Job(GPT, 8, ("--dump-dir", str(directory), *arguments), flags=tuple(flags))
+    job = replace(_without_recovery(arguments, directory), flags=tuple(flags))
     return Launched(job.command(directory / "log"), directory)
 
 
 def gpt(*arguments: str, injections: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> Job:
-    """The main job: real megatron-core, TP2 x PP2 x DP2."""
-    return Job(GPT, 8, (RECOVERY, *arguments), injections, flags)
+    """The main job: real megatron-core, TP2 x PP2 x DP2, or what of it fits this machine's GPUs."""
+    layout = place.layout()
+    return Job(GPT, layout.ranks, (RECOVERY, *layout.arguments, *arguments), injections, flags)
+
+
+def _without_recovery(arguments: Sequence[str], directory: Path) -> Job:
+    layout = place.layout()
+    return Job(GPT, layout.ranks, ("--dump-dir", str(directory), *layout.arguments, *arguments))
 
 
 def _environment() -> dict[str, str]:
@@ -165,6 +172,7 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         # Else torchrun meets the store of an earlier attempt, and a start takes longer or fails.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        **place.environment(),
     }
 
 

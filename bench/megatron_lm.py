@@ -1,8 +1,9 @@
 """Megatron-LM's own `pretrain_gpt.py`, of the checkout in MEGATRON_LM: a recovery, a start, and a step with the flag.
 
-The model is that of `tests/frameworks`, TP2 x PP2 x DP2. Recovery is measured as in `recovery`; today's way loads no
-optimizer state, for upstream cannot load that of torch's Adam, which favours it. A start is timed from the moment at
-which the imports are done, which all workers share, to the first line of upstream's log, with the flag and without it.
+The model is that of `tests/frameworks`, TP2 x PP2 x DP2 or what of it fits this machine's GPUs. Recovery is measured as
+in `recovery`; today's way loads no optimizer state, for upstream cannot load that of torch's Adam, which favours it. A
+start is timed from the moment at which the imports are done, which all workers share, to the first line of upstream's
+log, with the flag and without it.
 A step is measured as in `cost`, with its model and in turns, by the lines of upstream's log.
 """
 
@@ -18,17 +19,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench import place
 from bench.cost import ENOUGH, MODEL, OFF, ON, PAIRS, unique_nbytes
 from bench.launched import Launched, launched_by_torchrun, with_recovery
 from bench.recovery import newest_checkpoint
 from bench.report import Figure, write
 from bench.turns import PATIENCE, Samples, compare
 from megatron_flashrecovery.runtime.summary import read_summary
-from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, kill, pretrain
+from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, gpu_flags, installed_libraries, pretrain
 from tests.processes.launcher import Job
+from tests.processes.matrix import kill
 
 ROUNDS = 5
-_LOST, _STEP, _STEPS = 5, 6, 8
+_LOST, _STEP, _STEPS = place.layout().rank(5), 6, 8
 _WARM, _COLD, _TODAY = "warm", "cold", "today"
 _WITH, _WITHOUT = "start with the flag", "start without it"
 _START_TIMEOUT, _STEP_TIMEOUT = 180.0, 60.0
@@ -118,17 +121,18 @@ def steps(directory: Path, samples: Samples) -> None:
     """Enough of them; both jobs are ended when enough has been measured."""
     model = [part for flag, value in MODEL.items() for part in (flag, str(value))]
 
-    def launched(name: str, recovery: bool) -> Logged:
-        job = replace(_job(*model, "--train-iters", str(ENOUGH), recovery=recovery), flags=PATIENCE)
-        return Logged(job.command(directory / name), directory / name)
+    def launch(name: str, where: Path) -> Logged:
+        job = _job(*model, "--train-iters", str(ENOUGH), recovery=name == ON)
+        return Logged(replace(job, flags=PATIENCE).command(where), where)
 
-    with launched(ON, recovery=True) as job_on, launched(OFF, recovery=False) as job_off:
-        compare(ON, job_on, OFF, job_off, PAIRS, samples)
-    samples["unique"] = unique_nbytes(directory / ON)
+    records = compare(launch, ON, OFF, PAIRS, directory, samples)
+    samples["unique"] = unique_nbytes(records[ON])
 
 
 def _job(*arguments: str, injections: tuple[str, ...] = (), recovery: bool = True) -> Job:
-    return pretrain(*SHARDED, "--train-iters", str(_STEPS), *arguments, injections=injections, recovery=recovery)
+    flags = (*SHARDED, "--train-iters", str(_STEPS), *arguments)
+    on = gpu_flags(installed_libraries()) if place.environment() else None
+    return pretrain(*flags, injections=injections, recovery=recovery, layout=place.layout(), device_flags=on)
 
 
 def _iterations(launched: Launched) -> dict[int, float]:

@@ -12,15 +12,25 @@ from bench.report import RESULTS
 from megatron_flashrecovery.runtime.summary import replace_file
 
 README = Path(__file__).parent.parent / "README.md"
+_HEAD = ("| figure | measured | target | met | again with |", "|---|---|---|---|---|")
 _BEGIN, _END = "<!-- figures:", "<!-- end of figures -->"
 
 
 def figures_table(results: Path) -> str:
     """Markdown: one row per figure, with the command that repeats it."""
-    rows = [_row(name, figure) for name, report in _reports(results) for figure in report["figures"]]
-    if not rows:
+    on_host = [_row(f, f"make bench BENCH={name}") for name, report in _reports(results) for f in report["figures"]]
+    if not on_host:
         return "No bench has been run yet."
-    return "\n".join(["| figure | measured | target | met | again with |", "|---|---|---|---|---|", *rows])
+    return "\n".join([*_HEAD, *on_host, *_on_gpus(results / "gpu")])
+
+
+def _on_gpus(results: Path) -> list[str]:
+    reports = _reports(results)
+    if not reports:
+        return []
+    machine = reports[0][1]["machine"]
+    rows = [_row(figure, "make gpu") for _, report in reports for figure in report["figures"]]
+    return ["", f"On {machine['gpus']} x {machine['gpu']}:", "", *_HEAD, *rows]
 
 
 def with_figures(readme: str, table: str) -> str:
@@ -39,9 +49,9 @@ def _reports(results: Path) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _row(bench: str, figure: dict[str, Any]) -> str:
+def _row(figure: dict[str, Any], again: str) -> str:
     value = f"{figure['value']:.4g} {figure['unit']}"
-    cells = (figure["name"], value, figure["target"] or "", _met(figure["met"]), f"`make bench BENCH={bench}`")
+    cells = (figure["name"], value, figure["target"] or "", _met(figure["met"]), f"`{again}`")
     return f"| {' | '.join(cells)} |"
 
 

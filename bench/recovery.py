@@ -1,10 +1,10 @@
 """From the loss of a rank to the first step after it: a warm replacement, a cold one, and what users do today.
 
-The model is the demo's. With recovery, rank 5 is killed in the backward pass of step 6, and the time is the run's own
-record (`seconds.total` in `summary.json`: from the kill until every rank has completed a step). Today: the same script
-under plain torchrun saves a `torch_dist` checkpoint after every step; rank 5 is killed when the one of step 5 is
-complete, so that nothing is lost; torchrun ends the others; the same command is started at once; and the time goes from
-the kill to the line of step 6. The three take turns.
+The model is the demo's. With recovery, a rank (5 of 8) is killed in the backward pass of step 6, and the time is the
+run's own record (`seconds.total` in `summary.json`: from the kill until every rank has completed a step). Today: the
+same script under plain torchrun saves a `torch_dist` checkpoint after every step; the rank is killed when the one of
+step 5 is complete, so that nothing is lost; torchrun ends the others; the same command is started at once; and the time
+goes from the kill to the line of step 6. The three take turns.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from bench import place
 from bench.launched import Launched, gpt, torchrun, with_recovery
 from bench.report import Figure, write
 from megatron_flashrecovery.runtime.summary import PhaseSeconds, read_summary
 
 ROUNDS = 5
-_LOST, _STEP, _STEPS = 5, 6, 8
+_LOST, _STEP, _STEPS = place.layout().rank(5), 6, 8
 _WARM, _COLD, _TODAY = "warm", "cold", "today"
 _PHASES = ("detect", "park", "replace", "rebuild", "restore", "first_step")
 _START_TIMEOUT, _STEP_TIMEOUT = 180.0, 60.0

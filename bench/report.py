@@ -1,4 +1,7 @@
-"""Writes what a bench has measured to `bench/results/NAME.json`, and shows it with every miss marked."""
+"""Writes what a bench has measured to `bench/results/NAME.json`, and shows it with every miss marked.
+
+What was measured on a machine with GPUs goes to `bench/results/gpu/`, beside the figures of one without.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class Figure:
 
 def write(name: str, figures: Sequence[Figure], samples: Mapping[str, Sequence[float]]) -> Path:
     """``samples``: for each thing that was measured, every single measurement, so that a median can be checked."""
-    report = {
+    report: dict[str, Any] = {
         "figures": [
             {"name": f.name, "value": f.value, "unit": f.unit, "target": f.target, "met": f.met} for f in figures
         ],
@@ -57,11 +60,16 @@ def write(name: str, figures: Sequence[Figure], samples: Mapping[str, Sequence[f
         "commit": commit(),
         "samples": samples,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = folder_of(report["machine"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     replace_file(path, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     show(name, figures)
     return path
+
+
+def folder_of(machine: Mapping[str, Any]) -> Path:
+    return RESULTS / "gpu" if machine["gpu"] else RESULTS
 
 
 def show(name: str, figures: Sequence[Figure]) -> None:
@@ -79,6 +87,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),

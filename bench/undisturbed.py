@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import place
 from bench.launched import gpt, torchrun, with_recovery
 from bench.report import Figure, write
 from megatron_flashrecovery.core.ids import Step
@@ -43,7 +44,10 @@ def main() -> None:
     samples: dict[str, list[float]] = {}
     for name, arguments in CONFIGURATIONS.items():
         difference = compare(arguments, STEPS)
-        steps, ranks = f"{name}: steps of {STEPS} that differ", f"{name}: ranks of 8 whose final state differs"
+        steps, ranks = (
+            f"{name}: steps of {STEPS} that differ",
+            f"{name}: ranks of {place.layout().ranks} whose final state differs",
+        )
         figures += [
             Figure(steps, difference.steps, "", at_most=0.0),
             Figure(ranks, difference.ranks, "", at_most=0.0),

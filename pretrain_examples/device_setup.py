@@ -8,8 +8,9 @@ import warnings
 
 import torch
 
-# Makes no CUDA context: this module is imported by a process that forks workers.
+# Both ask NVML in the process that forks workers, for what has initialised CUDA must not be forked.
 HAS_GPU = torch.cuda.is_available()
+DEVICES = torch.cuda.device_count() if HAS_GPU else 0
 BACKEND = "nccl" if HAS_GPU else "gloo"
 
 os.environ.setdefault(

@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import device_setup
+
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Exits with status 2 and one line for whatever cannot be trained. Reads ``WORLD_SIZE``, as torchrun sets it."""
+    """Exits with status 2 and one line for whatever cannot be trained. Reads the sizes that torchrun sets."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    args.ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    args.devices_here = device_setup.DEVICES
     problem = find_problem(args)
     if problem:
         parser.error(problem)
@@ -37,6 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
 def find_problem(args: argparse.Namespace) -> str:
     """What cannot be trained, and the remedy, or nothing."""
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if 0 < args.devices_here < args.ranks_here:
+        return (
+            f"{args.ranks_here} ranks and {args.devices_here} GPUs on this node, and NCCL puts no two ranks on one: "
+            f"start {args.devices_here} processes, or train on CPU with CUDA_VISIBLE_DEVICES="
+        )
     if args.world_size % (tensor * pipeline):
         return (
             f"{args.world_size} ranks do not divide into tensor parallel {tensor} x pipeline parallel {pipeline}: "

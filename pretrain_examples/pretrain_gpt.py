@@ -91,7 +91,8 @@ def initialize(args: argparse.Namespace) -> None:
     seed_everything(args.seed)
     if not args.data_path and int(os.environ.get("LOCAL_RANK", "0")) == 0:
         library_text(args.data_cache_path)
-    torch.distributed.barrier()
+    # By its device: NCCL would guess one by the rank.
+    torch.distributed.barrier(device_ids=[torch.cuda.current_device()] if device_setup.HAS_GPU else None)
 
 
 def seed_everything(seed: int) -> None:

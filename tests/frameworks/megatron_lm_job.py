@@ -1,15 +1,14 @@
-"""Runs of the checkout that ``MEGATRON_LM`` names, small enough for two cores."""
+"""Runs of the checkout that ``MEGATRON_LM`` names, small enough for two cores; the same model on GPUs."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Collection
 from pathlib import Path
 
-import numpy
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
 from tests.processes.launcher import ROOT, Job
+from tests.processes.layouts import MAIN, Layout
 
 SCRIPT = ROOT / "tests" / "frameworks" / "pretrain_megatron_lm.py"
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
@@ -17,7 +16,6 @@ RECOVERY = "--enable-flash-recovery"
 STEPS = 9
 BY_SAMPLES = "--train-samples"
 _MODEL = {
-    "--distributed-backend": "gloo",
     "--num-layers": "4",
     "--hidden-size": "64",
     "--num-attention-heads": "4",
@@ -29,14 +27,13 @@ _MODEL = {
     "--lr": "1e-3",
     "--tokenizer-type": "NullTokenizer",
     "--vocab-size": "255",
-    "--transformer-impl": "local",
     "--log-interval": "1",
     "--eval-iters": "0",
     "--eval-interval": "1000",
-    "--tensor-model-parallel-size": "2",
-    "--pipeline-model-parallel-size": "2",
 }
-_SWITCHES = (
+_ON_CPU = (
+    *("--distributed-backend", "gloo"),
+    *("--transformer-impl", "local"),
     "--no-persist-layer-norm",
     "--no-gradient-accumulation-fusion",
     "--no-masked-softmax-fusion",
@@ -45,6 +42,7 @@ _SWITCHES = (
     "--no-rope-fusion",
     "--use-cpu-initialization",
 )
+_LIBRARIES = ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda")
 SHARDED = ("--use-distributed-optimizer",)
 
 
@@ -55,27 +53,43 @@ def version() -> tuple[int, int]:
     return int(numbers["MAJOR"]), int(numbers["MINOR"])
 
 
-def pretrain(*arguments: str, injections: tuple[str, ...] = (), ranks: int = 8, recovery: bool = True) -> Job:
-    """``arguments`` come last, so they overrule what stands here; ``--mock-data`` unless they name others."""
+def pretrain(
+    *arguments: str,
+    injections: tuple[str, ...] = (),
+    recovery: bool = True,
+    layout: Layout = MAIN,
+    device_flags: tuple[str, ...] | None = None,
+) -> Job:
+    """``arguments`` come last, so they overrule what stands here; ``--mock-data`` unless they name others.
+
+    ``device_flags``: those of a GPU (see ``gpu_flags``); else it trains on CPU.
+    """
     model = {flag: value for flag, value in _MODEL.items() if flag != "--train-iters" or BY_SAMPLES not in arguments}
     base = [part for flag, value in model.items() for part in (flag, value)]
     data = () if "--data-path" in arguments or "--train-data-path" in arguments else ("--mock-data",)
+    on = cpu_flags() if device_flags is None else device_flags
+    flags = (*base, *layout.arguments, *on, *data, *arguments, *((RECOVERY,) if recovery else ()))
+    return Job(SCRIPT, layout.ranks, flags, injections, environment={"MEGATRON_LM": CHECKOUT})
+
+
+def cpu_flags() -> tuple[str, ...]:
     # Where it is still known, without it tensor parallelism makes an asynchronous reduction that CPU cannot overlap.
     old = ("--no-async-tensor-model-parallel-allreduce",) if version() < (0, 17) else ()
-    flags = (*base, *_SWITCHES, *data, *old, *arguments, *((RECOVERY,) if recovery else ()))
-    return Job(SCRIPT, ranks, flags, injections, environment={"MEGATRON_LM": CHECKOUT})
+    return (*_ON_CPU, *old)
 
 
-def write_corpus(prefix: Path, documents: int, seed: int) -> Path:
-    """Documents of random tokens, in upstream's format."""
-    numbers = numpy.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
-    for length in numbers.integers(20, 90, documents):
-        tokens = torch.from_numpy(numbers.integers(0, 255, length).astype(numpy.int64))
-        builder.add_document(tokens, [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
+def gpu_flags(libraries: Collection[str]) -> tuple[str, ...]:
+    """Upstream's own defaults, as far as the installed libraries have what they need."""
+    has_te, has_apex = "transformer_engine" in libraries, "apex" in libraries
+    accumulates = "fused_weight_gradient_mlp_cuda" in libraries
+    return (
+        *("--distributed-backend", "nccl"),
+        *("--transformer-impl", "transformer_engine" if has_te else "local"),
+        *(() if accumulates else ("--no-gradient-accumulation-fusion",)),
+        *(() if has_te or has_apex else ("--no-persist-layer-norm",)),
+        *(() if has_te else ("--no-masked-softmax-fusion", "--no-rope-fusion")),
+    )
 
 
-def kill(rank: int, step: int, at: str) -> str:
-    return f"kill:rank={rank},step={step},at={at}"
+def installed_libraries() -> frozenset[str]:
+    return frozenset(name for name in _LIBRARIES if importlib.util.find_spec(name) is not None)

@@ -1,4 +1,4 @@
-"""The ``pretrain_gpt.py`` of the checkout that ``MEGATRON_LM`` names, unmodified, on a machine without a GPU."""
+"""The ``pretrain_gpt.py`` of the checkout that ``MEGATRON_LM`` names, unmodified, on a machine with or without GPUs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import typing_extensions
+from torch.utils import cpp_extension
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 warnings.filterwarnings("ignore", module="megatron")
@@ -36,12 +37,16 @@ CHECKOUT = Path(os.environ["MEGATRON_LM"])
 sys.path.insert(0, str(CHECKOUT))
 SCRIPT = str(CHECKOUT / "pretrain_gpt.py")
 
-if not torch.cuda.is_available():
-    from megatron.core.transformer.moe import moe_utils
-    from megatron.training import initialize, training
+if cpp_extension.CUDA_HOME is None:
+    from megatron.training import initialize
 
     if hasattr(initialize, "fused_kernels"):
-        initialize.fused_kernels.load = lambda args: None  # they are compiled for a GPU
+        initialize.fused_kernels.load = lambda args: None  # it asks for a compiler for GPUs, and then compiles nothing
+
+if not torch.cuda.is_available():
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.training import training
+
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # upstream asks for the name, also where there is no Transformer Engine
     training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)

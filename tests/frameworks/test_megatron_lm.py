@@ -12,9 +12,12 @@ import sys
 
 import pytest
 
-from tests.frameworks.megatron_lm_job import BY_SAMPLES, CHECKOUT, SHARDED, STEPS, kill, pretrain, write_corpus
-from tests.processes.conftest import Equal, Undisturbed, assert_only_what_is_broken_is_rebuilt
+from tests.frameworks.corpus import write_corpus
+from tests.frameworks.megatron_lm_features import FEATURES, KILLS, assert_feature_changes_no_bit, kills_with, losses
+from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, STEPS, pretrain
+from tests.processes.conftest import Equal, Undisturbed
 from tests.processes.launcher import ROOT, Outcome, run, started
+from tests.processes.matrix import MOMENTS, assert_changes_no_bit, kill
 
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no checkout of Megatron-LM")
 
@@ -22,67 +25,12 @@ UNTIL_TOLD = ("--save-interval", "1000", "--exit-signal-handler")
 STAND_IN = "megatron_flashrecovery.testing.cpu_"
 CORPORA = {"few": 12, "many": 40}
 """Documents of each."""
-MOMENTS = ("forward", "backward", "grad_sync", "optimizer", "mirror", "between")
-EXPERTS = (
-    *("--num-experts", "4", "--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "1"),
-    *("--moe-router-topk", "2", "--moe-aux-loss-coeff", "0.01", "--moe-token-dispatcher-type", "allgather"),
-)
-FEATURES: dict[str, tuple[str, ...]] = {
-    "distributed": SHARDED,
-    "overlap": (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
-    "bf16": (*SHARDED, "--bf16"),
-    "fp16": (*SHARDED, "--fp16", "--initial-loss-scale", "65536"),
-    "dropout": (*SHARDED, "--hidden-dropout", "0.1", "--attention-dropout", "0.1"),
-    "untied": (*SHARDED, "--untie-embeddings-and-output-weights"),
-    "recompute": (
-        *SHARDED,
-        *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
-    ),
-    "evaluation": (*SHARDED, "--eval-interval", "2", "--eval-iters", "1"),
-    "evaluation-overlap": (
-        *SHARDED,
-        *("--eval-interval", "2", "--eval-iters", "1", "--overlap-grad-reduce", "--overlap-param-gather"),
-    ),
-    "fp16-overlap": (
-        *(*SHARDED, "--fp16", "--initial-loss-scale", "4294967296", "--hysteresis", "1"),
-        *("--overlap-grad-reduce", "--overlap-param-gather"),
-    ),
-    "log-interval-3": (*SHARDED, "--log-interval", "3"),
-    "interleaved": (
-        *(*SHARDED, "--num-layers", "8", "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "4"),
-        # With its communication overlapped, the interleaved schedule of upstream races over gloo without us as well.
-        *("--num-layers-per-virtual-pipeline-stage", "1", "--no-overlap-p2p-communication"),
-    ),
-    "instances": (
-        *(*SHARDED, "--tensor-model-parallel-size", "1", "--num-distributed-optimizer-instances", "2"),
-        *("--overlap-grad-reduce", "--overlap-param-gather"),
-    ),
-    "duration": (*SHARDED, "--exit-duration-in-mins", "60"),
-    "workers": (*SHARDED, "--num-workers", "2"),
-    "tp-only": (*SHARDED, "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "1"),
-    "pp-only": (*SHARDED, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "4"),
-    "dp-only": (*SHARDED, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"),
-    # Three steps of 8 samples, and six of 16: the number of micro batches changes in the middle.
-    "ramp-up": (*SHARDED, "--rampup-batch-size", "8", "8", "24", BY_SAMPLES, "120"),
-    "rerun-disabled": (*SHARDED, "--rerun-mode", "disabled"),
-    "experts": (*SHARDED, *EXPERTS),
-    "experts-overlap-log-3": (
-        *(*SHARDED, *EXPERTS, "--overlap-grad-reduce", "--overlap-param-gather", "--log-interval", "3"),
-        *("--moe-aux-loss-coeff", "0.01", "--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"),
-    ),
-    "plain": (),
-}
-KILLS = (kill(5, 3, "backward"), kill(7, 5, "optimizer"), kill(0, 6, "grad_sync"), kill(2, 8, "forward"))
 
 
 @pytest.mark.parametrize("at", MOMENTS)
 def test_a_kill_changes_no_bit(tmp_path_factory: pytest.TempPathFactory, assert_equal: Equal, at: str) -> None:
     job = pretrain(*SHARDED, injections=(kill(5, 4, at),))
-    outcome = run(job, tmp_path_factory.mktemp("run") / "run")
-    assert_equal(job, outcome)
-    (recovery,) = outcome.recoveries
-    assert recovery.steps_recomputed <= 1
-    assert_only_what_is_broken_is_rebuilt(outcome, recovery, at)
+    assert_changes_no_bit(job, tmp_path_factory.mktemp("run") / "run", assert_equal, at, timeout=120.0)
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -90,14 +38,8 @@ def test_kills_with_a_feature_change_no_bit(
     tmp_path_factory: pytest.TempPathFactory, assert_equal: Equal, undisturbed: Undisturbed, feature: str
 ) -> None:
     """One after another, each at another moment: also the rank that logs, and rank 0."""
-    # Where the loss scale overflows, there is no optimizer step to die in.
-    kills = (KILLS[0], kill(7, 5, "backward"), *KILLS[2:]) if feature == "fp16-overlap" else KILLS
-    job = pretrain(*FEATURES[feature], injections=kills)
-    outcome = run(job, tmp_path_factory.mktemp("run") / "run", timeout=240)
-    assert_equal(job, outcome)
-    assert all(recovery.steps_recomputed <= 1 for recovery in outcome.recoveries)
-    # A recovered step is logged once, and as it is without a recovery.
-    assert losses(outcome.said) == losses(undisturbed(job).said)
+    job = pretrain(*FEATURES[feature], injections=kills_with(feature))
+    assert_feature_changes_no_bit(job, tmp_path_factory.mktemp("run") / "run", assert_equal, undisturbed, timeout=240.0)
 
 
 def test_a_checkpoint_written_in_spite_of_a_loss_is_one_to_start_from(
@@ -216,8 +158,3 @@ def test_without_the_flag_nothing_of_ours_is_imported_and_the_run_is_that_of_tor
     others = {name for name in set.union(*told) if not name.startswith(STAND_IN)}
     assert others == {"megatron_flashrecovery", "megatron_flashrecovery.testing"}
     assert losses(done.stdout) == losses(undisturbed(pretrain(*SHARDED)).said)
-
-
-def losses(said: str) -> list[str]:
-    lines = [line.partition("learning rate: ")[2] for line in said.splitlines() if "lm loss: " in line]
-    return [line.rstrip() for line in lines] + [line for line in said.splitlines() if "lm loss value: " in line]

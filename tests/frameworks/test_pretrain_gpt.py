@@ -12,6 +12,7 @@ from tests.frameworks.launching import EXAMPLE, environment, torchrun
 
 sys.path.insert(0, str(EXAMPLE.parent))
 
+import device_setup
 import gpt_data
 from gpt_arguments import parse_arguments
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -80,6 +81,19 @@ def test_what_cannot_be_trained_is_said_in_one_line(monkeypatch, capsys, world_s
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
+
+
+@pytest.mark.parametrize(("devices", "refused"), [(0, False), (4, True), (8, False)])
+def test_two_ranks_on_one_gpu_are_refused_before_nccl_does_it(monkeypatch, capsys, devices, refused):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(device_setup, "DEVICES", devices)
+    if not refused:
+        assert parse_arguments([]).devices_here == devices
+        return
+    with pytest.raises(SystemExit):
+        parse_arguments([])
+    assert "8 ranks and 4 GPUs on this node" in capsys.readouterr().err
 
 
 def test_processes_that_build_the_text_at_once_all_get_the_same(tmp_path):

@@ -1,6 +1,6 @@
 """The main job, real megatron-core at TP2 x PP2 x DP2: bit for bit, whoever is killed, whenever, with which optimizer.
 
-A sample runs with ``make test``, every rank at every moment with ``make storm``.
+A sample runs with ``make test``, every rank at every moment with ``make storm``, over NCCL with ``make gpu``.
 """
 
 from __future__ import annotations
@@ -11,20 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes.conftest import Equal, assert_only_what_is_broken_is_rebuilt
-from tests.processes.launcher import GPT, Job, Outcome, run, started
+from tests.processes.conftest import Equal
+from tests.processes.launcher import Outcome, run, started
+from tests.processes.matrix import MOMENTS, OPTIMIZERS, assert_changes_no_bit, everybody, gpt, kill
 
-RECOVERY = "--enable-flash-recovery"
-OPTIMIZERS = {
-    "distributed": (),
-    "plain": ("--no-use-distributed-optimizer",),
-    "overlap": ("--overlap-grad-reduce", "--overlap-param-gather"),
-    "plain-overlap-bf16": ("--no-use-distributed-optimizer", "--overlap-grad-reduce", "--bf16"),
-    "log-3": ("--log-interval", "3"),
-    "bf16-dropout": ("--bf16", "--hidden-dropout", "0.1", "--attention-dropout", "0.1"),
-}
 SLOW = pytest.mark.slow
-MOMENTS = ("forward", "backward", "grad_sync", "optimizer", "mirror", "between")
 # (optimizer, rank, moment): every moment at least once.
 SAMPLE = (
     ("distributed", 5, "backward"),
@@ -37,22 +28,10 @@ SAMPLE = (
 )
 
 
-def gpt(*arguments: str, injections: tuple[str, ...] = (), steps: int = 9) -> Job:
-    return Job(GPT, ranks=8, arguments=(RECOVERY, "--train-iters", str(steps), *arguments), injections=injections)
-
-
-def kill(rank: int, step: int, at: str) -> str:
-    return f"kill:rank={rank},step={step},at={at}"
-
-
 @pytest.mark.parametrize(("optimizer", "rank", "at"), SAMPLE)
 def test_a_kill_changes_no_bit(tmp_path: Path, assert_equal: Equal, optimizer: str, rank: int, at: str) -> None:
     job = gpt(*OPTIMIZERS[optimizer], injections=(kill(rank, 4, at),))
-    outcome = run(job, tmp_path / "run")
-    assert_equal(job, outcome)
-    (recovery,) = outcome.recoveries
-    assert recovery.steps_recomputed <= 1
-    assert_only_what_is_broken_is_rebuilt(outcome, recovery, at)
+    assert_changes_no_bit(job, tmp_path / "run", assert_equal, at, timeout=120.0)
 
 
 @pytest.mark.slow
@@ -61,15 +40,7 @@ def test_a_kill_changes_no_bit(tmp_path: Path, assert_equal: Equal, optimizer: s
 def test_a_kill_of_any_rank_at_any_moment_changes_no_bit(
     tmp_path: Path, assert_equal: Equal, optimizer: str, at: str
 ) -> None:
-    """One after another in one run, in an order in which the host of the rank lost before is hit as well."""
-    kills = tuple(kill(rank, 3 + 3 * number, at) for number, rank in enumerate((5, 7, 0, 2, 4, 6, 1, 3)))
-    job = gpt(*OPTIMIZERS[optimizer], injections=kills, steps=30)
-    outcome = run(job, tmp_path / "run", timeout=240.0)
-    assert_equal(job, outcome)
-    assert len(outcome.recoveries) == len(kills)
-    for recovery in outcome.recoveries:
-        assert recovery.steps_recomputed <= 1
-        assert_only_what_is_broken_is_rebuilt(outcome, recovery, at)
+    assert_changes_no_bit(everybody(optimizer, at), tmp_path / "run", assert_equal, at, timeout=240.0)
 
 
 @pytest.mark.parametrize(

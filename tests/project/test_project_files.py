@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import readme, report
+from bench import place, readme, report
 from bench.__main__ import benches
 from bench.__main__ import main as bench_main
 from bench.report import Figure
@@ -126,6 +126,27 @@ def test_the_readme_gets_its_figures_from_the_results(tmp_path, monkeypatch):
     once = readme.with_figures(text_of("README.md"), table)
     assert table in once
     assert readme.with_figures(once, table) == once
+
+
+def test_figures_of_gpus_stand_beside_those_of_the_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    report.write("recovery", FIGURES, {})
+    before = (tmp_path / "recovery.json").read_text()
+    monkeypatch.setattr(report, "machine", lambda: {"gpu": "NVIDIA H100", "gpus": 8})
+    path = report.write("recovery", FIGURES[:1], {})
+    assert path == tmp_path / "gpu" / "recovery.json"
+    assert (tmp_path / "recovery.json").read_text() == before
+    table = readme.figures_table(tmp_path)
+    assert "On 8 x NVIDIA H100:" in table
+    assert table.endswith("| kill to first step | 1.2 s | <= 1.5 | yes | `make gpu` |")
+
+
+def test_on_gpus_only_benches_that_exist_and_train_are_run(capsys):
+    assert place.benches_of_gpus(0) == place.benches_of_gpus(1) == ()
+    assert set(place.benches_of_gpus(2)) <= set(benches()) - {"scale", "mirror"}
+    if not place.devices():
+        assert bench_main(["gpu"]) == 0
+        assert "not measured" in capsys.readouterr().err
 
 
 def test_the_readme_quotes_what_was_measured():

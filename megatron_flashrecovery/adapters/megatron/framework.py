@@ -51,6 +51,7 @@ class MegatronFramework:
         self._position = position
         self._optimizer.materialise()
         self._pieces = [*self._model_state.pieces(), *self._optimizer.pieces()]
+        refuse_other_tensors(self._pieces)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -130,3 +131,13 @@ class MegatronFramework:
                 return (peers,)
             case NormReach.NOBODY:
                 return (peers, replica)
+
+
+def refuse_other_tensors(pieces: Sequence[TensorPiece]) -> None:
+    """Raises ``ConfigError``: a quantised tensor has its bytes and its scale elsewhere than a plain one."""
+    for piece in pieces:
+        if type(piece.tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise ConfigError(
+                f"--enable-flash-recovery cannot copy {piece.name}, a {type(piece.tensor).__name__}: keep parameters, "
+                "masters and moments in fp32, fp16 or bf16"
+            )

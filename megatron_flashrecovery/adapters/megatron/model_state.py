@@ -10,22 +10,21 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_flashrecovery.adapters.megatron import aux_losses
+from megatron_flashrecovery.adapters.megatron.fp8_state import Fp8State, keeps_fp8_scaling
 from megatron_flashrecovery.core.errors import SeamChanged
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
-
-_LARGEST_VALUE = 64 * 1024
-"""Bytes. A larger buffer is a tensor piece, because values must stay small."""
 
 
 class ModelState:
     def __init__(self, model: Sequence[DistributedDataParallel], sharded: bool) -> None:
         self._model = list(model)
         self._sharded = sharded
+        self._fp8 = Fp8State(model)
 
     def pieces(self) -> list[TensorPiece]:
         """Parameters, which with a sharded optimizer are collected from the shards again, unless they are frozen: no
-        optimizer has those. Buffers are every rank's own: forward changes some."""
-        pieces = [
+        optimizer has those."""
+        return [
             TensorPiece(
                 name,
                 parameter.data,
@@ -35,13 +34,13 @@ class ModelState:
             )
             for name, parameter in named_parameters(self._model)
         ]
-        return pieces + [
-            TensorPiece(name, buffer, unique=True) for name, buffer in self._buffers() if not _is_small(buffer)
-        ]
 
     def capture(self) -> Value:
+        """Buffers, of whatever size, are among the values: forward changes some, so a rank that goes on from its live
+        tensors needs them back too, and a copy that the device makes later would be one of the next forward."""
         return {
-            "buffers": {name: buffer.clone() for name, buffer in self._buffers() if _is_small(buffer)},
+            "buffers": {name: buffer.clone() for name, buffer in self._buffers()},
+            "fp8": self._fp8.capture(),
             "extra": {name: state for name, module in self._modules() if (state := _extra_state(name, module))},
             "buckets": [_bucket_group_memory(group) for group in self._bucket_groups()],
             "aux_losses": aux_losses.capture(),
@@ -50,8 +49,8 @@ class ModelState:
     @torch.no_grad()
     def restore(self, captured: Any) -> None:
         for name, buffer in self._buffers():
-            if name in captured["buffers"]:
-                buffer.copy_(captured["buffers"][name])
+            buffer.copy_(captured["buffers"][name])
+        self._fp8.restore(captured["fp8"])
         for name, module in self._modules():
             if name in captured["extra"]:
                 _set_extra_state(module, captured["extra"][name])
@@ -65,10 +64,11 @@ class ModelState:
                 yield f"model{index}.{name}", buffer
 
     def _modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        """Those that have extra state of their own (Transformer Engine's keep their FP8 scaling there)."""
+        """Those that have extra state of their own. Transformer Engine's is what ``Fp8State`` keeps."""
         for index, chunk in enumerate(self._model):
             for name, module in chunk.module.named_modules():
-                if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+                has_its_own = type(module).get_extra_state is not torch.nn.Module.get_extra_state
+                if has_its_own and not keeps_fp8_scaling(module):
                     yield f"model{index}.{name}", module
 
     def _bucket_groups(self) -> list[Any]:
@@ -84,10 +84,6 @@ def named_parameters(model: Sequence[DistributedDataParallel]) -> Iterator[tuple
     for index, chunk in enumerate(model):
         for name, parameter in chunk.module.named_parameters():
             yield f"model{index}.{name}", parameter
-
-
-def _is_small(buffer: torch.Tensor) -> bool:
-    return buffer.numel() * buffer.element_size() <= _LARGEST_VALUE
 
 
 def _extra_state(name: str, module: torch.nn.Module) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
@@ -49,7 +50,7 @@ class OptimizerState:
             for group in torch_optimizer.param_groups:
                 for parameter in group["params"]:
                     if not torch_optimizer.state[parameter]:
-                        torch_optimizer.state[parameter].update(_fresh_adam_state(torch_optimizer, group, parameter))
+                        _begin_adam_state(torch_optimizer, group, parameter)
                 if not isinstance(torch_optimizer, torch.optim.Adam):
                     group.setdefault("step", 0)
         # From megatron-core 0.19 on the first update asks all ranks for these, and keeps the answers.
@@ -70,6 +71,10 @@ class OptimizerState:
                     TensorPiece(f"{name}/{key}", state[key], unique=self.sharded)
                     for key in sorted(state)
                     if key != "step" and isinstance(state[key], torch.Tensor)
+                ]
+                pieces += [
+                    TensorPiece(f"{name}/{key}/scale", scale, unique=self.sharded)
+                    for key, scale in sorted(_scales_of(inner.optimizer, master).items())
                 ]
         return pieces
 
@@ -136,6 +141,26 @@ def _parameters(inner: Any) -> list[torch.Tensor]:
         for half, master in zip(group, masters, strict=True)
     }
     return [half_of.get(id(master), master) for master in _masters(inner)]
+
+
+def _begin_adam_state(optimizer: Any, group: dict[str, Any], parameter: torch.Tensor) -> None:
+    """Transformer Engine's Adam keeps masters, and moments in other dtypes with a scale each, if it is told to."""
+    if not getattr(optimizer, "master_weights", False) and set(_dtypes(optimizer)) <= {torch.float32}:
+        optimizer.state[parameter].update(_fresh_adam_state(optimizer, group, parameter))
+        return
+    remainders = getattr(optimizer, "store_param_remainders", False) and parameter.dtype == torch.bfloat16
+    knows_remainders = len(inspect.signature(optimizer.initialize_state).parameters) > 1
+    optimizer.initialize_state(parameter, *((remainders,) if knows_remainders else ()))
+
+
+def _dtypes(optimizer: Any) -> list[torch.dtype]:
+    of_state: dict[str, torch.dtype] = getattr(optimizer, "name_to_dtype_map", {})
+    return [dtype for key, dtype in of_state.items() if key in _MOMENTS]
+
+
+def _scales_of(optimizer: Any, master: torch.Tensor) -> dict[str, torch.Tensor]:
+    scales: dict[str, torch.Tensor] = getattr(optimizer, "_scales", {}).get(master, {})
+    return scales
 
 
 def _fresh_adam_state(optimizer: Any, group: dict[str, Any], parameter: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_flashrecovery.adapters.megatron import aux_losses
+from megatron_flashrecovery.adapters.megatron import aux_losses, fp8_state
 from megatron_flashrecovery.adapters.megatron.model_state import bucket_groups
 from megatron_flashrecovery.adapters.megatron.no_sync import NoSync
 
@@ -57,6 +57,7 @@ class PartialStep:
                 chunk.enable_forward_pre_hook()
         self._optimizer.zero_grad()
         aux_losses.restore(self._aux_losses)
+        fp8_state.forget_recomputation()
         for name, timer in self._timers():
             if timer._started and name not in self._timers_running:
                 timer._started = False

@@ -57,4 +57,5 @@ def _restore_tracker(captured: dict[str, torch.Tensor]) -> None:
             states[name] = state.clone()
     tracker.set_states(states)
     # A step that was cut short in a fork of the tracker has left it in that fork's name.
-    tracker._current_state_name = "default-rng"
+    if hasattr(tracker, "_current_state_name"):  # Transformer Engine's keeps no such name
+        tracker._current_state_name = "default-rng"

@@ -95,6 +95,25 @@ REFUSALS: Sequence[Refusal] = (
         "a replacement would compare its weights with those of the start; data-parallel peers compare after recoveries",
         lambda args: getattr(args, "check_weight_hash_across_dp_replicas_interval", None) is not None,
     ),
+    _refuse("--fp8-param-gather", "an FP8 parameter is no plain tensor, and its scale is changed behind the update"),
+    Refusal(
+        "--fp4-param-gather",
+        "an FP4 parameter is no plain tensor, and its scale is changed behind the update",
+        _is_set("fp4_param"),
+    ),
+    Refusal(
+        "--use-transformer-engine-op-fuser with FP8",
+        "its operations keep their scaling where only a pickle gets it: leave one of the two out",
+        lambda args: bool(getattr(args, "use_transformer_engine_op_fuser", False) and getattr(args, "fp8", None)),
+    ),
+    Refusal(
+        "--exp-avg-dtype or --exp-avg-sq-dtype fp8",
+        "an FP8 moment is no plain tensor: use fp32, fp16 or bf16",
+        lambda args: (
+            bool(getattr(args, "use_precision_aware_optimizer", False))
+            and any("8" in str(getattr(args, f"exp_avg{of}_dtype", "")) for of in ("", "_sq"))
+        ),
+    ),
     _refuse("--perform-rl-step", "what rollouts were drawn is not mirrored"),
     _refuse("--skip-train", "nothing is trained"),
 )

@@ -27,6 +27,7 @@ EXPERTS = (
     *("--num-experts", "4", "--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "1"),
     *("--moe-router-topk", "2", "--moe-aux-loss-coeff", "0.01", "--moe-token-dispatcher-type", "allgather"),
 )
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 FEATURES: dict[str, tuple[str, ...]] = {
     "distributed": SHARDED,
     "overlap": (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
@@ -71,6 +72,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("--moe-aux-loss-coeff", "0.01", "--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"),
     ),
     "plain": (),
+    "sequence": (*SHARDED, "--sequence-parallel"),
+    "sequence-plain": ("--sequence-parallel",),
+    "sequence-overlap": (*SHARDED, "--sequence-parallel", *OVERLAP),
+    "sequence-rms": (*SHARDED, "--sequence-parallel", "--normalization", "RMSNorm", "--bf16"),
 }
 KILLS = (kill(5, 3, "backward"), kill(7, 5, "optimizer"), kill(0, 6, "grad_sync"), kill(2, 8, "forward"))
 
@@ -98,6 +103,24 @@ def test_kills_with_a_feature_change_no_bit(
     assert all(recovery.steps_recomputed <= 1 for recovery in outcome.recoveries)
     # A recovered step is logged once, and as it is without a recovery.
     assert losses(outcome.said) == losses(undisturbed(job).said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "without"),
+    [
+        pytest.param((*SHARDED, "--sequence-parallel"), SHARDED, id="sequence"),
+    ],
+)
+def test_layers_that_stand_in_for_those_of_a_gpu_compute_the_same(
+    undisturbed: Undisturbed, flags: tuple[str, ...], without: tuple[str, ...]
+) -> None:
+    """Nearly: sums are added up in another order."""
+    still = ("--hidden-dropout", "0.0", "--attention-dropout", "0.0")
+    one, other = (undisturbed(pretrain(*parallel, *still)) for parallel in (flags, without))
+    for measure in ("loss_hex", "grad_norm_hex"):
+        values = [[float.fromhex(getattr(line, measure)) for line in outcome.steps] for outcome in (one, other)]
+        assert len(values[0]) == STEPS
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_a_checkpoint_written_in_spite_of_a_loss_is_one_to_start_from(

@@ -1,7 +1,7 @@
 """Layers that upstream has from Apex and Transformer Engine only, slow and plain, so that a CPU can train with them.
 
-Without them upstream refuses sequence parallelism. They are put in place of what upstream's local layers use, and are
-the same as before where it is not asked for.
+Without these two, upstream refuses sequence and context parallelism. Both are put in place of what upstream's local
+layers use, and are the same as before where neither is asked for.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ import copy
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.models import backends
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 
 def install() -> None:
     """Once, before a model is built. Many modules have bound the class of norms: only what it makes is changed."""
     WrappedTorchNorm.__new__ = staticmethod(_norm(WrappedTorchNorm.__new__))
+    backends.DotProductAttention = GatheringAttention
 
 
 def _norm(original: Any) -> Any:
@@ -27,6 +32,34 @@ def _norm(original: Any) -> Any:
         return norm
 
     return new
+
+
+class GatheringAttention(DotProductAttention):
+    """Causal attention of the own queries to the keys and values of the whole context-parallel group."""
+
+    def __init__(self, config: Any, *args: Any, **named: Any) -> None:
+        super().__init__(_without(config, context_parallel_size=1), *args, **named)
+
+    def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **named: Any) -> Any:
+        group = parallel_state.get_context_parallel_group()
+        size, rank = group.size(), group.rank()
+        if size > 1:
+            own, whole = positions(len(query), size, rank), len(query) * size
+            order = torch.cat([positions(len(query), size, other) for other in range(size)]).argsort()
+            # In backward this one adds up what all ranks have found for the part of each.
+            key = gather_from_sequence_parallel_region(key.contiguous(), group=group).index_select(0, order)
+            value = gather_from_sequence_parallel_region(value.contiguous(), group=group).index_select(0, order)
+            attention_mask = (torch.arange(whole)[None, :] > own[:, None])[None, None]
+        return super().forward(query, key, value, attention_mask, *args, **named)
+
+
+def positions(length: int, size: int, rank: int) -> torch.Tensor:
+    """Those in the sequence of what ``rank`` of ``size`` has: a chunk from the front, and its counterpart from the end.
+
+    Upstream: ``get_batch_on_this_cp_rank``.
+    """
+    chunk = torch.arange(length // 2)
+    return torch.cat([rank * len(chunk) + chunk, (2 * size - rank - 1) * len(chunk) + chunk])
 
 
 def _without(config: Any, **instead: Any) -> Any:

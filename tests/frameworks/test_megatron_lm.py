@@ -28,6 +28,7 @@ EXPERTS = (
     *("--moe-router-topk", "2", "--moe-aux-loss-coeff", "0.01", "--moe-token-dispatcher-type", "allgather"),
 )
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+CONTEXT = ("--context-parallel-size", "2", "--tensor-model-parallel-size", "1")
 FEATURES: dict[str, tuple[str, ...]] = {
     "distributed": SHARDED,
     "overlap": (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
@@ -76,6 +77,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "sequence-plain": ("--sequence-parallel",),
     "sequence-overlap": (*SHARDED, "--sequence-parallel", *OVERLAP),
     "sequence-rms": (*SHARDED, "--sequence-parallel", "--normalization", "RMSNorm", "--bf16"),
+    "context": (*SHARDED, *CONTEXT),
+    "context-plain": CONTEXT,
+    "context-overlap": (*SHARDED, *CONTEXT, *OVERLAP, "--calculate-per-token-loss"),
 }
 KILLS = (kill(5, 3, "backward"), kill(7, 5, "optimizer"), kill(0, 6, "grad_sync"), kill(2, 8, "forward"))
 
@@ -109,6 +113,7 @@ def test_kills_with_a_feature_change_no_bit(
     ("flags", "without"),
     [
         pytest.param((*SHARDED, "--sequence-parallel"), SHARDED, id="sequence"),
+        pytest.param((*SHARDED, *CONTEXT), (*SHARDED, *CONTEXT, "--context-parallel-size", "1"), id="context"),
     ],
 )
 def test_layers_that_stand_in_for_those_of_a_gpu_compute_the_same(

@@ -1,7 +1,7 @@
 """Layers that upstream has from Apex and Transformer Engine only, slow and plain, so that a CPU can train with them.
 
-Without these two, upstream refuses sequence and context parallelism. Both are put in place of what upstream's local
-layers use, and are the same as before where neither is asked for.
+Without them upstream refuses sequence and context parallelism, and cannot send tokens to experts. They are put in place
+of what upstream's local layers use, and are the same as before where none of this is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.models import backends
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 
@@ -21,6 +22,7 @@ def install() -> None:
     """Once, before a model is built. Many modules have bound the class of norms: only what it makes is changed."""
     WrappedTorchNorm.__new__ = staticmethod(_norm(WrappedTorchNorm.__new__))
     backends.DotProductAttention = GatheringAttention
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_host
 
 
 def _norm(original: Any) -> Any:
@@ -60,6 +62,11 @@ def positions(length: int, size: int, rank: int) -> torch.Tensor:
     """
     chunk = torch.arange(length // 2)
     return torch.cat([rank * len(chunk) + chunk, (2 * size - rank - 1) * len(chunk) + chunk])
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Upstream makes numbers of the sizes of an all-to-all only where they come from a GPU."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _without(config: Any, **instead: Any) -> Any:

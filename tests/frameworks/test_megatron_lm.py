@@ -29,6 +29,8 @@ EXPERTS = (
 )
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 CONTEXT = ("--context-parallel-size", "2", "--tensor-model-parallel-size", "1")
+ALLTOALL = (*EXPERTS, "--moe-token-dispatcher-type", "alltoall")
+SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "64", "--disable-bias-linear")
 FEATURES: dict[str, tuple[str, ...]] = {
     "distributed": SHARDED,
     "overlap": (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
@@ -73,6 +75,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("--moe-aux-loss-coeff", "0.01", "--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"),
     ),
     "plain": (),
+    "alltoall": (*SHARDED, *ALLTOALL),
+    "alltoall-shared": (*SHARDED, *ALLTOALL, *OVERLAP, *SHARED_EXPERTS),
+    "alltoall-context": (*SHARDED, *ALLTOALL, *CONTEXT, *OVERLAP),
     "sequence": (*SHARDED, "--sequence-parallel"),
     "sequence-plain": ("--sequence-parallel",),
     "sequence-overlap": (*SHARDED, "--sequence-parallel", *OVERLAP),

@@ -31,6 +31,7 @@ OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 CONTEXT = ("--context-parallel-size", "2", "--tensor-model-parallel-size", "1")
 ALLTOALL = (*EXPERTS, "--moe-token-dispatcher-type", "alltoall")
 SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "64", "--disable-bias-linear")
+MTP = ("--mtp-num-layers", "1", "--position-embedding-type", "rope")
 FEATURES: dict[str, tuple[str, ...]] = {
     "distributed": SHARDED,
     "overlap": (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
@@ -78,6 +79,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "alltoall": (*SHARDED, *ALLTOALL),
     "alltoall-shared": (*SHARDED, *ALLTOALL, *OVERLAP, *SHARED_EXPERTS),
     "alltoall-context": (*SHARDED, *ALLTOALL, *CONTEXT, *OVERLAP),
+    "mtp": (*SHARDED, *MTP, "--log-interval", "3"),
+    "mtp-plain": MTP,
     "sequence": (*SHARDED, "--sequence-parallel"),
     "sequence-plain": ("--sequence-parallel",),
     "sequence-overlap": (*SHARDED, "--sequence-parallel", *OVERLAP),

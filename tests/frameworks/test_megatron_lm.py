@@ -78,7 +78,19 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "plain": (),
     "alltoall": (*SHARDED, *ALLTOALL),
     "alltoall-shared": (*SHARDED, *ALLTOALL, *OVERLAP, *SHARED_EXPERTS),
+    "alltoall-tensor-sequence": (
+        *(*SHARDED, *ALLTOALL, *SHARED_EXPERTS, "--moe-shared-expert-overlap"),
+        # Split over the tensor group, experts would gather tensors of unequal sizes, which gloo cannot.
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"),
+    ),
     "alltoall-context": (*SHARDED, *ALLTOALL, *CONTEXT, *OVERLAP),
+    "allgather-tensor-sequence": (
+        *(*SHARDED, *EXPERTS, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--disable-bias-linear"),
+    ),
+    "interleaved-sequence": (
+        *(*SHARDED, "--num-layers", "8", "--sequence-parallel", "--pipeline-model-parallel-size", "4"),
+        *("--num-layers-per-virtual-pipeline-stage", "1", "--no-overlap-p2p-communication"),
+    ),
     "mtp": (*SHARDED, *MTP, "--log-interval", "3"),
     "mtp-plain": MTP,
     "sequence": (*SHARDED, "--sequence-parallel"),

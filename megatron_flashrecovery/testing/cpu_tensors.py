@@ -10,6 +10,7 @@ import torch
 
 # The ones that megatron-core 0.16.1 calls with a CUDA device. Where one is missed, torch says that it has no CUDA.
 _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros", "zeros_like")
+_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
 def on_cpu(device: Any) -> Any:
@@ -42,6 +43,7 @@ def patched_tensor_methods() -> dict[str, Callable[..., Any]]:
         return plain_type(tensor).replace("torch.", "torch.cuda.")
 
     return {
+        **{name: _making_on_cpu(getattr(torch.Tensor, name)) for name in _METHODS},
         "to": to,
         "type": type_name,
         "cuda": lambda tensor, device=None, non_blocking=False, memory_format=None: tensor,

@@ -18,6 +18,11 @@ EXPERTS = (
     *("--num-experts", "4", "--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "1"),
     *("--moe-router-topk", "2", "--moe-aux-loss-coeff", "0.01", "--moe-token-dispatcher-type", "allgather"),
 )
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+CONTEXT = ("--context-parallel-size", "2", "--tensor-model-parallel-size", "1")
+ALLTOALL = (*EXPERTS, "--moe-token-dispatcher-type", "alltoall")
+SHARED_EXPERTS = ("--moe-shared-expert-intermediate-size", "64", "--disable-bias-linear")
+MTP = ("--mtp-num-layers", "1", "--position-embedding-type", "rope")
 FEATURES: dict[str, tuple[str, ...]] = {
     "distributed": SHARDED,
     "overlap": (*SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"),
@@ -62,12 +67,34 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("--moe-aux-loss-coeff", "0.01", "--moe-router-enable-expert-bias", "--moe-router-score-function", "sigmoid"),
     ),
     "plain": (),
+    "alltoall": (*SHARDED, *ALLTOALL),
+    "alltoall-shared": (*SHARDED, *ALLTOALL, *OVERLAP, *SHARED_EXPERTS),
+    "alltoall-tensor-sequence": (
+        *(*SHARDED, *ALLTOALL, *SHARED_EXPERTS, "--moe-shared-expert-overlap"),
+        # Split over the tensor group, experts would gather tensors of unequal sizes, which gloo cannot.
+        *("--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"),
+    ),
+    "alltoall-context": (*SHARDED, *ALLTOALL, *CONTEXT, *OVERLAP),
+    "allgather-tensor-sequence": (
+        *(*SHARDED, *EXPERTS, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--disable-bias-linear"),
+    ),
+    "interleaved-sequence": (
+        *(*SHARDED, "--num-layers", "8", "--sequence-parallel", "--pipeline-model-parallel-size", "4"),
+        *("--num-layers-per-virtual-pipeline-stage", "1", "--no-overlap-p2p-communication"),
+    ),
+    "mtp": (*SHARDED, *MTP, "--log-interval", "3"),
+    "mtp-plain": MTP,
+    "sequence": (*SHARDED, "--sequence-parallel"),
+    "sequence-plain": ("--sequence-parallel",),
+    "sequence-overlap": (*SHARDED, "--sequence-parallel", *OVERLAP),
+    "sequence-rms": (*SHARDED, "--sequence-parallel", "--normalization", "RMSNorm", "--bf16"),
+    "context": (*SHARDED, *CONTEXT),
+    "context-plain": CONTEXT,
+    "context-overlap": (*SHARDED, *CONTEXT, *OVERLAP, "--calculate-per-token-loss"),
 }
 _FP8 = (*SHARDED, "--bf16", "--fp8-format", "hybrid", "--fp8-amax-compute-algo", "max", "--fp8-amax-history-len", "16")
 _RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 ON_GPUS_ONLY: dict[str, tuple[str, ...]] = {
-    "sequence-parallel": (*SHARDED, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
-    "context-parallel": (*SHARDED, "--tensor-model-parallel-size", "1", "--context-parallel-size", "2"),
     "fp8": _FP8,
     "fp8-recompute": (*_FP8, *_RECOMPUTE),
     "fp8-current-scaling": (*_FP8, "--fp8-recipe", "tensorwise"),
@@ -75,6 +102,8 @@ ON_GPUS_ONLY: dict[str, tuple[str, ...]] = {
 }
 _FIRST_WITH_FP8 = (8, 9)
 _DEGREES = ("--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size")
+_OF_LIBRARIES = {"--sequence-parallel", "--context-parallel-size"}
+"""Upstream's own layers refuse them."""
 # (rank of the main job, step, moment)
 _LOSSES = ((5, 3, "backward"), (7, 5, "optimizer"), (0, 6, "grad_sync"), (2, 8, "forward"))
 KILLS = tuple(kill(*loss) for loss in _LOSSES)
@@ -106,7 +135,7 @@ def why_not(feature: str, machine: Machine) -> str:
     product = math.prod(degree_of.values())
     if machine.layout.ranks % product:
         return f"needs a multiple of {product} GPUs"
-    if feature in ON_GPUS_ONLY and "transformer_engine" not in machine.libraries:
+    if (feature in ON_GPUS_ONLY or _OF_LIBRARIES & set(flags)) and "transformer_engine" not in machine.libraries:
         return "needs Transformer Engine"
     if feature.startswith("fp8") and machine.capability < _FIRST_WITH_FP8:
         return "the device has no FP8"

@@ -44,11 +44,15 @@ if cpp_extension.CUDA_HOME is None:
         initialize.fused_kernels.load = lambda args: None  # it asks for a compiler for GPUs, and then compiles nothing
 
 if not torch.cuda.is_available():
+    import cpu_layers  # beside this file
     from megatron.core.transformer.moe import moe_utils
-    from megatron.training import training
+    from megatron.training import initialize, training
 
+    # How much it draws depends on the layout; and here the model is initialised from the generator of the "device".
+    initialize._warmup_jit_function = lambda **_options: None
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # upstream asks for the name, also where there is no Transformer Engine
+    cpu_layers.install()
     training.initialize_megatron = partial(training.initialize_megatron, allow_no_cuda=True)
 
 if __name__ == "__main__":

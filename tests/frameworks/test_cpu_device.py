@@ -13,6 +13,7 @@ from megatron_flashrecovery.testing.cpu_tensors import on_cpu
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", 0, torch.device("cuda"), torch.device("cuda", 1)], ids=str)
 def test_every_name_of_a_cuda_device_means_the_cpu(device):
     assert torch.zeros(2, device=device).device.type == "cpu"
+    assert torch.ones(1).new_empty(size=[2], device=device).device.type == "cpu"
     assert torch.zeros(2).to(device=device).device.type == "cpu"
     assert torch.zeros(2).to(device).device.type == "cpu"
 

@@ -13,7 +13,14 @@ import sys
 import pytest
 
 from tests.frameworks.corpus import write_corpus
-from tests.frameworks.megatron_lm_features import FEATURES, KILLS, assert_feature_changes_no_bit, kills_with, losses
+from tests.frameworks.megatron_lm_features import (
+    CONTEXT,
+    FEATURES,
+    KILLS,
+    assert_feature_changes_no_bit,
+    kills_with,
+    losses,
+)
 from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, STEPS, pretrain
 from tests.processes.conftest import Equal, Undisturbed
 from tests.processes.launcher import ROOT, Outcome, run, started
@@ -40,6 +47,25 @@ def test_kills_with_a_feature_change_no_bit(
     """One after another, each at another moment: also the rank that logs, and rank 0."""
     job = pretrain(*FEATURES[feature], injections=kills_with(feature))
     assert_feature_changes_no_bit(job, tmp_path_factory.mktemp("run") / "run", assert_equal, undisturbed, timeout=240.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "without"),
+    [
+        pytest.param((*SHARDED, "--sequence-parallel"), SHARDED, id="sequence"),
+        pytest.param((*SHARDED, *CONTEXT), (*SHARDED, *CONTEXT, "--context-parallel-size", "1"), id="context"),
+    ],
+)
+def test_layers_that_stand_in_for_those_of_a_gpu_compute_the_same(
+    undisturbed: Undisturbed, flags: tuple[str, ...], without: tuple[str, ...]
+) -> None:
+    """Nearly: sums are added up in another order."""
+    still = ("--hidden-dropout", "0.0", "--attention-dropout", "0.0")
+    one, other = (undisturbed(pretrain(*parallel, *still)) for parallel in (flags, without))
+    for measure in ("loss_hex", "grad_norm_hex"):
+        values = [[float.fromhex(getattr(line, measure)) for line in outcome.steps] for outcome in (one, other)]
+        assert len(values[0]) == STEPS
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_a_checkpoint_written_in_spite_of_a_loss_is_one_to_start_from(

@@ -10,7 +10,9 @@ import numpy
 import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+from megatron_flashrecovery.adapters.megatron import aux_losses
 from megatron_flashrecovery.adapters.megatron.no_sync import NoSync
 from megatron_flashrecovery.adapters.megatron.optimizer_state import _fresh_adam_state
 from megatron_flashrecovery.adapters.megatron.random_state import RandomState
@@ -142,3 +144,15 @@ def test_a_context_that_is_left_in_time_is_forgotten():
         assert left == []
     contexts.leave()
     assert left == ["left"]
+
+
+def test_losses_of_further_tokens_are_those_of_before_the_step_that_was_cut_short(monkeypatch):
+    monkeypatch.setattr(MTPLossLoggingHelper, "tracker", {})
+    MTPLossLoggingHelper.save_loss_to_tracker(torch.tensor(2.0), 0, 1)
+    captured = decode_values(encode_values({"losses": aux_losses.capture()}))["losses"]
+    MTPLossLoggingHelper.save_loss_to_tracker(torch.tensor(3.0), 0, 1)
+    aux_losses.restore(captured)
+    assert MTPLossLoggingHelper.tracker["values"].tolist() == [2.0]
+    monkeypatch.setattr(MTPLossLoggingHelper, "tracker", {})
+    aux_losses.restore(captured)
+    assert MTPLossLoggingHelper.tracker["values"].tolist() == [2.0]

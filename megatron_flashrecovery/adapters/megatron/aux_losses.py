@@ -1,13 +1,14 @@
-"""The losses of mixtures of experts that upstream adds up during forward, until they are logged behind the step.
+"""The losses beside the main one that upstream adds up during forward, until they are logged behind the step.
 
-Upstream: ``megatron/core/transformer/moe/moe_utils.py``, from 0.18 on ``moe_logging.py``. An entry names the groups
-that its sum is reduced over, and is made in the first forward pass: a rank without it would not take part there.
+Upstream: of experts in ``megatron/core/transformer/moe/moe_utils.py``, from 0.18 on ``moe_logging.py``; of tokens ahead
+in ``megatron/core/transformer/multi_token_prediction.py``. Both name the groups that their sums are reduced over, and
+are made in the first forward pass: a rank without them would not take part there.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -17,19 +18,26 @@ import torch.distributed.distributed_c10d as c10d
 from megatron_flashrecovery.state.pieces import Value
 
 _MOE = "megatron.core.transformer.moe."
+_TOKENS = "megatron.core.transformer.multi_token_prediction"
 
 
 def capture() -> Value:
     """Groups are told by the names that c10d gave them, which are the same in a replacement."""
     entries, _ = _tracker()
-    return {name: {key: _told(value) for key, value in _fields(entry).items()} for name, entry in entries.items()}
+    return {
+        "experts": {name: _all_told(_fields(entry)) for name, entry in entries.items()},
+        "tokens": _all_told(_tracker_of_tokens()),
+    }
 
 
 def restore(captured: Any) -> None:
     entries, made = _tracker()
     entries.clear()
-    for name, told in captured.items():
-        entries[name] = made({key: _heard(value) for key, value in told.items()})
+    for name, told in captured["experts"].items():
+        entries[name] = made(_all_heard(told))
+    of_tokens = _tracker_of_tokens()
+    of_tokens.clear()
+    of_tokens.update(_all_heard(captured["tokens"]))
 
 
 def _tracker() -> tuple[MutableMapping[str, Any], Callable[[dict[str, Any]], Any]]:
@@ -42,8 +50,21 @@ def _tracker() -> tuple[MutableMapping[str, Any], Callable[[dict[str, Any]], Any
     return ({} if utils is None else utils.get_moe_layer_wise_logging_tracker()), dict
 
 
+def _tracker_of_tokens() -> MutableMapping[str, Any]:
+    tokens = sys.modules.get(_TOKENS)
+    return {} if tokens is None else tokens.MTPLossLoggingHelper.tracker
+
+
 def _fields(entry: Any) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else vars(entry)
+
+
+def _all_told(fields: Mapping[str, Any]) -> Value:
+    return {key: _told(value) for key, value in fields.items()}
+
+
+def _all_heard(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _heard(value) for key, value in told.items()}
 
 
 def _told(value: Any) -> Value:

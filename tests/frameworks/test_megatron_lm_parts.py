@@ -96,15 +96,21 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(refusal: arguments.R
     name = refusal.flags.split()[0].removeprefix("--").replace("-", "_")
     if name == "check_weight_hash_across_dp_replicas_interval":
         assert refusal.applies(SimpleNamespace(**{name: 5}))
+    name = {"fp4_param_gather": "fp4_param"}.get(name, name)
     value = {
         "cuda_graph_impl": "local",
         "dataloader_type": "external",
+        "exp_avg_dtype": torch.uint8,
         "moe_token_dispatcher_type": "flex",
         "tensor_parallel_num_weight_shards": 2,
     }.get(name, True)
+    beside = {
+        "use_transformer_engine_op_fuser": {"fp8": "hybrid"},
+        "exp_avg_dtype": {"use_precision_aware_optimizer": True},
+    }
     arguments.check(SimpleNamespace())
     with pytest.raises(ConfigError, match=f"cannot be combined with {re.escape(refusal.flags)}: "):
-        arguments.check(SimpleNamespace(**{name: value}))
+        arguments.check(SimpleNamespace(**{name: value}, **beside.get(name, {})))
 
 
 def test_the_check_of_a_checkout_looks_for_what_the_hooks_replace() -> None:

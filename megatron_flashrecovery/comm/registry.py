@@ -23,7 +23,7 @@ from megatron_flashrecovery.comm.recording import Recorder, Replay
 from megatron_flashrecovery.comm.rendezvous import meet
 from megatron_flashrecovery.comm.startup_record import StartupRecord
 from megatron_flashrecovery.comm.tree import Tree
-from megatron_flashrecovery.comm.whereabouts import Whereabouts
+from megatron_flashrecovery.comm.whereabouts import Watch, Whereabouts
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank
 from megatron_flashrecovery.core.messages import GroupCount, Match, Spot
 
@@ -46,6 +46,7 @@ class GroupRegistry:
         timeout: timedelta,
         tree_above: int = 64,
         joining: StartupRecord | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -60,7 +61,7 @@ class GroupRegistry:
         self._recording = joining is None
         self._groups: dict[GroupKey, FlashGroup] = {}
         self._same_ranks: Counter[tuple[Rank, ...]] = Counter()
-        self._whereabouts = Whereabouts()
+        self._whereabouts = Whereabouts(watch)
         self._rest_of_start: dict[GroupKey, Replay] = {}
         self._installation = Installation(self)
 

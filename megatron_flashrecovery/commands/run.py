@@ -78,7 +78,10 @@ def add_arguments(parser: Arguments) -> None:
     parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="flags of the script")
 
 
-_FAULT = "a fault, as in kill:rank=5,step=6,at=backward; at: forward, backward, grad_sync, optimizer, mirror, between"
+_FAULT = (
+    "a fault, as in kill:rank=5,step=6,at=backward; kinds: kill, stop, loop, gil, segv, abort, exception, exit; "
+    "at: forward, backward, grad_sync, optimizer, mirror, between"
+)
 _SHUTDOWN = "how long workers have to end by themselves after SIGTERM (30)"
 _DEADLINES = {
     "heartbeat-interval": "how often an agent tells the controller that its node lives",
@@ -86,6 +89,7 @@ _DEADLINES = {
     "drain-timeout": "how long survivors have to stop",
     "join-timeout": "how long a worker has to get ready",
     "execute-timeout": "how long the ranks have to execute a plan",
+    "hang-timeout": "after how long something hangs that was never timed, a first step for instance (600; 0: never)",
 }
 
 

@@ -5,6 +5,8 @@
 | Starting | last rank ready, all seats described | Training | |
 | Starting | loss | Starting | RestartAll, or Stop after too many |
 | Training | loss | Draining, epoch + 1 | Park, StartWorkers |
+| Training | a few ranks hang | Draining, epoch + 1 | Fence, Park, StartWorkers |
+| Training | all wait for each other | Draining, epoch + 1, or Halted the second time | Park, or Stop |
 | Draining | last report of a round | Draining | Drain, until nobody is in anybody's way |
 | Draining | settled | Staffing | |
 | Staffing | last replacement ready | Executing | ExecutePlan per node |
@@ -33,8 +35,10 @@ from typing import NoReturn
 from megatron_flashrecovery.core.answers import known_results
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, Wait, decide_drain
 from megatron_flashrecovery.core.errors import ImpossibleTransition
+from megatron_flashrecovery.core.hangs import check_hangs, note_hangs
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.job import Job, JobConfig
+from megatron_flashrecovery.core.losses import give_up_rank, lose_node, lose_workers
 from megatron_flashrecovery.core.messages import (
     CheckpointWritten,
     ClockTicked,
@@ -47,6 +51,7 @@ from megatron_flashrecovery.core.messages import (
     PlanExecuted,
     PlanFailed,
     RanksFinished,
+    RanksHung,
     RanksReady,
     RanksStood,
     Release,
@@ -56,7 +61,7 @@ from megatron_flashrecovery.core.messages import (
 )
 from megatron_flashrecovery.core.phases import Draining, Executing, Finished, Halted, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Holdings, Unrecoverable, plan_recovery
-from megatron_flashrecovery.core.staffing import fall_back, fence, fill_homeless, halt, open_epoch, restart
+from megatron_flashrecovery.core.staffing import fall_back, fence, fill_homeless, halt, open_epoch
 
 __all__ = ["ImpossibleTransition", "Job", "JobConfig", "handle"]
 
@@ -74,9 +79,9 @@ def handle(job: Job, event: Event, now: float) -> list[Command]:
 def _apply(job: Job, event: Event, now: float) -> list[Command]:
     match event:
         case WorkersLost():
-            return _lose_workers(job, event, now)
+            return _and_go_on(job, lose_workers(job, event, now), now)
         case NodeLost():
-            return _lose_node(job, event, now)
+            return _and_go_on(job, lose_node(job, event, now), now)
         case NodeJoined(node=node, room=room):
             job.capacity[node] = room
             return fill_homeless(job, now)
@@ -103,62 +108,13 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
         case PlanExecuted(ranks=ranks):
             return _record_executed(job, event, ranks, now)
         case PlanFailed():
-            return _give_up_rank(job, event, now)
+            return _and_go_on(job, give_up_rank(job, event, now), now)
+        case RanksHung():
+            return note_hangs(job, event, now)
         case RanksFinished(ranks=ranks):
             return _record_finished(job, event, ranks)
         case _:
             _unreachable(event)
-
-
-# --- losses ----------------------------------------------------------------------------------------------------------
-
-
-def _lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
-    causes: dict[Rank, str] = {}
-    for loss in event.losses:
-        if job.seats.node_of.get(loss.rank) != event.node:
-            continue
-        kept = event.vault.get(loss.rank, ())
-        if loss.epoch is not None and loss.epoch == job.fenced.get(loss.rank):
-            del job.fenced[loss.rank]
-            job.vault[loss.rank] = kept
-        is_known = loss.worker in job.gone or (loss.epoch is not None and loss.epoch < job.started_for(loss.rank))
-        job.gone.add(loss.worker)
-        if not is_known:
-            causes[loss.rank] = loss.cause
-            job.vault[loss.rank] = kept
-            job.note_kept(kept)
-    return _lose(job, causes, now)
-
-
-def _lose_node(job: Job, event: NodeLost, now: float) -> list[Command]:
-    job.capacity.pop(event.node, None)
-    ranks = job.seats.evict(event.node)
-    for rank in ranks:
-        job.vault.pop(rank, None)
-        job.fenced.pop(rank, None)
-    return _lose(job, dict.fromkeys(ranks, f"node {event.node} is gone: {event.cause}"), now)
-
-
-def _lose(job: Job, causes: dict[Rank, str], now: float) -> list[Command]:
-    if not causes:
-        return []
-    why = "; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(causes.items())[:8])
-    if isinstance(job.phase, Starting):
-        return restart(job, f"lost before everybody had started: {why}", now)
-    return open_epoch(job, causes, why, now) + _go_on(job, now)
-
-
-def _give_up_rank(job: Job, event: PlanFailed, now: float) -> list[Command]:
-    if event.worker in job.gone or job.seats.node_of.get(event.rank) != event.node:
-        return []
-    if not isinstance(job.phase, Executing):
-        return []
-    job.gone.add(event.worker)
-    if (origin := job.phase.plan.origin_of.get(event.rank)) is not None:
-        job.failed[event.rank, origin, job.phase.plan.resume_step] += 1
-    why = f"rank {event.rank} could not execute the plan: {event.reason}"
-    return fence(job, {event.rank: event.reason}, why, now) + _go_on(job, now)
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
@@ -257,6 +213,10 @@ def _go_on(job: Job, now: float) -> list[Command]:
     if isinstance(job.phase, Staffing) and not job.phase.joining:
         return _plan(job, job.phase, now)
     return []
+
+
+def _and_go_on(job: Job, commands: list[Command], now: float) -> list[Command]:
+    return commands + _go_on(job, now) if commands else []
 
 
 def _must_wait(phase: Draining, now: float) -> bool:
@@ -368,6 +328,8 @@ def _check_deadlines(job: Job, now: float) -> list[Command]:
             if isinstance(phase, Draining):
                 return _check_drain(job, phase, now)
             return []
+        case Training():
+            return _and_go_on(job, check_hangs(job, now), now)
         case _:
             return []
 

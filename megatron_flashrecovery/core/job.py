@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import Event
-from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staffing, Starting
+from megatron_flashrecovery.core.messages import Event, Loss, RanksHung
+from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Origin
 from megatron_flashrecovery.core.recovery import Recovery, Timeline
 from megatron_flashrecovery.core.seats import Seats
+
+SETTLED_AFTER = 1.0
+"""Seconds: whoever hangs with others is seen at about the same time as they are."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class JobConfig:
     ``drain_timeout`` bounds the time from an order to stop (or to get out of the way) to the report; ``drain_grace``
     how long operations that should complete by themselves may take. ``max_rounds`` is how many deadlines in a row may
     be missed, and how often one seat may be lost without progress, before the job falls back; ``max_restarts`` how
-    often all workers may be started from the top.
+    often all workers may be started from the top. ``hang_timeout`` is how long many ranks may hang at the same time.
     """
 
     drain_timeout: float = 10.0
@@ -31,6 +34,7 @@ class JobConfig:
     execute_timeout: float = 60.0
     max_rounds: int = 3
     max_restarts: int = 3
+    hang_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if not 0 < self.drain_grace <= self.drain_timeout:
@@ -39,6 +43,23 @@ class JobConfig:
             raise ConfigError("join_timeout and execute_timeout must be positive")
         if self.max_rounds < 1 or self.max_restarts < 0:
             raise ConfigError("max_rounds must be at least 1 and max_restarts at least 0")
+
+
+@dataclass
+class Hangs:
+    """What the nodes say at the moment; ``since`` is when the first that still counts was told."""
+
+    told: dict[NodeId, RanksHung] = field(default_factory=dict)
+    since: float | None = None
+    is_excused: bool = False
+
+    @property
+    def hung(self) -> dict[Rank, str]:
+        return {rank: why for event in self.told.values() for rank, why in event.hung.items()}
+
+    @property
+    def waiting(self) -> dict[Rank, str]:
+        return {rank: what for event in self.told.values() for rank, what in event.waiting.items()}
 
 
 class Job:
@@ -64,6 +85,10 @@ class Job:
         """How often each seat was lost since the job last made progress."""
         self.rounds = 0
         """Deadlines missed since everybody last trained."""
+        self.raised: set[tuple[Rank, Step | None, str]] = set()
+        """The exceptions of the script that ended workers."""
+        self.deadlocks: set[Step] = set()
+        """The steps in which everybody waited for everybody."""
         self.base = Epoch(0)
         self.staffed: dict[Rank, Epoch] = {}
         """The epoch that the worker of a seat was started for, if it is later than ``base``."""
@@ -79,6 +104,7 @@ class Job:
     def begin_anew(self) -> None:
         """Everybody trains again, or starts from the top: what was known of the recovery is of no more use."""
         self.timeline: Timeline | None = None
+        self.hangs = Hangs()
         self.lost: set[Rank] = set()
         """Seats vacated since everybody last trained."""
         self.vault: dict[Rank, tuple[Step, ...]] = {}
@@ -106,6 +132,15 @@ class Job:
             self.newest_kept = newest
             self.setbacks.clear()
 
+    def has_raised_before(self, loss: Loss) -> bool:
+        """The same exception in the same step of the same rank. What it raised now is kept."""
+        if loss.raised is None:
+            return False
+        raised = (loss.rank, loss.step, loss.raised)
+        is_known = raised in self.raised
+        self.raised.add(raised)
+        return is_known
+
     def next_number(self) -> OrderNumber:
         self.number = OrderNumber(self.number + 1)
         return self.number
@@ -131,5 +166,7 @@ class Job:
                 return min(joining.values(), default=None)
             case Executing(deadline=deadline):
                 return deadline
+            case Training() if self.hangs.since is not None:
+                return self.hangs.since + SETTLED_AFTER
             case _:
                 return None

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.shares import Share
 
 
 class Standing(Enum):
@@ -132,13 +133,16 @@ class Loss:
     """One worker that is gone. ``cause`` is for people: ``killed by SIGKILL``, ``exit code 1``, ``missed a deadline``.
 
     ``epoch`` is the one that it was started for, so that the end of a fenced worker is not taken for the end of its
-    replacement.
+    replacement. ``step`` is the one that it was computing, if it had begun with any; ``raised`` is the exception that
+    ended it, and where, if it was one of the script's own.
     """
 
     rank: Rank
     worker: WorkerId
     cause: str
     epoch: Epoch | None = None
+    step: Step | None = None
+    raised: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,19 @@ class WorkersLost:
     node: NodeId
     losses: tuple[Loss, ...]
     vault: Mapping[Rank, tuple[Step, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RanksHung:
+    """All ranks of one node that hang, with the evidence, and those that have waited in an operation for longer than
+    they ever did, with which. Told when one of the two changes: whoever is not in it any more moves again. ``step`` is
+    the newest in which one of them is."""
+
+    node: NodeId
+    epoch: Epoch
+    hung: Mapping[Rank, str]
+    waiting: Mapping[Rank, str]
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -248,6 +265,7 @@ class ClockTicked:
 
 Event: TypeAlias = (
     WorkersLost
+    | RanksHung
     | NodeLost
     | NodeJoined
     | SeatsDescribed
@@ -262,41 +280,6 @@ Event: TypeAlias = (
 
 
 # --- commands: what the controller orders ---------------------------------------------------------------------------
-
-
-class Source(Enum):
-    """Where a rank gets its state of the resume step."""
-
-    LIVE = "live"
-    """Its memory holds it already; only the partial step is discarded and early pieces are put back."""
-    OWN = "own"
-    """Its own snapshot, in memory that the agent of its node holds."""
-    MIRROR = "mirror"
-    """The mirror that its host keeps."""
-    PEER = "peer"
-    """A data-parallel peer whose live state is the same (replicated optimizer); unique pieces from the mirror or the
-    own copy."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank does in a recovery.
-
-    ``source`` says from where its state comes; ``giver`` is the rank that sends it (a host for MIRROR, a data-parallel
-    peer for PEER), and ``unique_from`` is who has the unique pieces when the source is PEER (``None``: its own copy).
-    ``gives`` are the ranks to which this one sends: its guests' mirrors, or its own live state to a data-parallel peer.
-    ``rebuild`` are the groups of this rank whose communicators are replaced; a replacement gets all of its groups.
-    """
-
-    rank: Rank
-    source: Source
-    giver: Rank | None = None
-    unique_from: Rank | None = None
-    gives_mirror_to: tuple[Rank, ...] = ()
-    gives_state_to: tuple[Rank, ...] = ()
-    rebuild: tuple[GroupKey, ...] = ()
-    host: Rank | None = None
-    guests: tuple[Rank, ...] = ()
 
 
 @dataclass(frozen=True)

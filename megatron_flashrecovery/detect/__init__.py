@@ -1,1 +1,1 @@
-"""What can be seen to go wrong: exits, signals, device errors, hangs, numerics, slowness."""
+"""What can be seen to go wrong in a process, from outside of it and even after its death."""

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -22,17 +22,21 @@ from typing import Protocol
 from megatron_flashrecovery.comm.channel import ChannelClosed
 from megatron_flashrecovery.comm.codec import UnknownMessage
 from megatron_flashrecovery.core import messages as core
-from megatron_flashrecovery.core.errors import ConfigError, FlashRecoveryError
+from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.pace import Pace
+from megatron_flashrecovery.detect.out_of_memory import OutOfMemory
 from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.departures import Departures
 from megatron_flashrecovery.runtime.injector import injection_orders
 from megatron_flashrecovery.runtime.launch_config import Injection, LaunchConfig
 from megatron_flashrecovery.runtime.relay import merged, narrowed
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
+from megatron_flashrecovery.runtime.seating import grant, seats_described
 from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
+from megatron_flashrecovery.runtime.watch import Watch, in_words
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
-from megatron_flashrecovery.state.vault import Holding, Vault
+from megatron_flashrecovery.state.vault import Vault
 
 _TICK = 0.05
 _CONFIG_EXIT = 2
@@ -67,6 +71,8 @@ class Agent:
         self._described: dict[Rank, dialogue.Described] = {}
         self._announced: dict[WorkerId, float] = {}
         self._fenced: dict[WorkerId, str] = {}
+        self._watch = Watch(node, Pace(unknown=config.deadlines.hang_timeout))
+        self._out_of_memory = OutOfMemory()
         self._fired: set[int] = set()
         self._departures = Departures(self.ranks)
         self._end_by: float | None = None
@@ -89,6 +95,7 @@ class Agent:
             self._obey()
             self._notice_deaths()
             self._listen()
+            self._look_for_hangs()
             self._keep_spares()
             self._tell_started()
             on_tick()
@@ -122,9 +129,14 @@ class Agent:
                 self._start(max(epoch, self._epoch), ranks, joining=True)
             case core.RestartAll():
                 self._restart(order)
-            case core.Park(epoch=epoch, number=number) | core.Resume(epoch=epoch, number=number):
+            case core.Park(epoch=epoch, number=number):
+                self._epoch, self._number = epoch, number
+                self._watch.pause()
+                self._to_all(order)
+            case core.Resume(epoch=epoch, number=number):
                 self._epoch, self._number = epoch, number
                 self._to_all(order)
+                self._watch.go_on()
             case core.Release(number=number):
                 self._number, self._departures.released = number, True
                 self._to_all(order)
@@ -168,6 +180,7 @@ class Agent:
         for rank, worker in list(self._workers.seated()):
             if rank in ranks and worker.seat is not None and worker.seat.epoch < epoch:
                 self._fenced[worker.id] = reason
+                self._watch.ask_for_stacks(worker.id, worker.pid)
                 self._workers.kill(worker)
 
     def _end_seated(self, ranks: tuple[Rank, ...]) -> None:
@@ -185,6 +198,7 @@ class Agent:
         self._reported.clear()
         self._described.clear()
         self._departures.begin_anew()
+        self._watch.go_on()
         if order.from_checkpoint:
             self._environment[FROM_CHECKPOINT] = "1"
         self._start(order.epoch, self.ranks, joining=False)
@@ -195,7 +209,7 @@ class Agent:
             worker = self._spares.pop(0) if self._spares else self._workers.start(f"rank{rank}.log")
             self._incarnations[rank] += 1
             worker.seat = self._seat(rank, epoch, joining=joining)
-            self._say(worker, worker.seat)
+            self._say(worker, worker.seat, self._watch.take(worker.id))
 
     def _seat(self, rank: Rank, epoch: Epoch, *, joining: bool) -> dialogue.Seat:
         config = self._config
@@ -256,12 +270,12 @@ class Agent:
         assert rank is not None, message
         match message:
             case dialogue.MemoryNeeded(own_nbytes=own, guests=guests):
-                self._grant(worker, rank, own, guests)
+                self._say(worker, *grant(self._vault, rank, own, guests))
             case dialogue.Described():
                 self._described[rank] = message
                 told.append(node_messages.BillNoted(rank, message.host, message.unique_nbytes, message.warning))
                 if self._described.keys() == set(self.ranks) and worker.seat is not None and not worker.seat.joining:
-                    told.append(self._seats_described())
+                    told.append(seats_described(self._node, self._epoch, self._described))
             case dialogue.Ready(epoch=epoch, startup=startup):
                 if startup:
                     self._startup[rank] = startup
@@ -284,35 +298,13 @@ class Agent:
                 told.append(core.CheckpointWritten(step))
             case dialogue.Reported(name=name, step=step):
                 self._reported[rank][name] = step
+            case dialogue.Raised():
+                self._watch.note_raised(worker.id, message)
             case dialogue.InjectionFired(index=index, time=announced):
                 self._fired.add(index)
                 self._announced[worker.id] = announced
             case _:
                 raise AssertionError(f"{worker.id} said {message}")
-
-    def _grant(self, worker: Worker, rank: Rank, own_nbytes: int, guests: Mapping[Rank, int]) -> None:
-        ordered = tuple(sorted(guests))
-        sizes = tuple(guests[guest] for guest in ordered)
-        holdings = [Holding(rank), *(Holding(guest, host=rank) for guest in ordered)]
-        try:
-            fd_of = self._vault.reserve(dict(zip(holdings, (own_nbytes, *sizes), strict=True)))
-        except FlashRecoveryError as error:
-            self._say(worker, dialogue.MemoryGranted(own_nbytes, ordered, sizes, refusal=str(error)))
-            return
-        self._say(
-            worker, dialogue.MemoryGranted(own_nbytes, ordered, sizes), tuple(fd_of[holding] for holding in holdings)
-        )
-
-    def _seats_described(self) -> core.SeatsDescribed:
-        described = self._described
-        return core.SeatsDescribed(
-            node=self._node,
-            epoch=self._epoch,
-            sharded=any(d.sharded for d in described.values()),
-            hosts={rank: d.host for rank, d in described.items() if d.host is not None},
-            peers={rank: d.peers for rank, d in described.items()},
-            groups={key: ranks for d in described.values() for key, ranks in d.groups.items()},
-        )
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
@@ -322,11 +314,11 @@ class Agent:
         for end in ended:
             self._hear_last_words(end.worker, told)
             end.worker.channel.close()
-            if end.worker in self._spares:
-                self._spares.remove(end.worker)
+            self._spares = [spare for spare in self._spares if spare is not end.worker]
         for message in merged(told):
             self._control.send(message)
         self._report_losses([end for end in ended if self._is_loss(end)] + self._departures.stayed_alone())
+        self._watch.keep_only({worker.id for worker in self._workers.living if worker.seat is not None})
         if (result := self._departures.result()) is not None:
             self._control.send(node_messages.NodeDone(self._node, result))
 
@@ -358,9 +350,20 @@ class Agent:
         assert rank is not None
         announced = self._announced.get(worker.id)
         self._control.send(node_messages.DeathNoted(rank, worker.pid or 0, time.time(), announced))
-        cause = self._fenced.pop(worker.id, end.cause)
+        words = self._watch.last_words(rank, worker.id)
+        self._control.send(words)
+        cause = self._fenced.pop(worker.id, None) or self._cause(end) + in_words(words)
         assert worker.seat is not None
-        return core.Loss(rank, worker.id, cause, worker.seat.epoch)
+        return core.Loss(rank, worker.id, cause, worker.seat.epoch, words.step, words.raised)
+
+    def _cause(self, end: WorkerEnded) -> str:
+        if end.status == signal.SIGKILL and self._out_of_memory.has_struck():
+            return "killed by the out-of-memory killer"
+        return end.cause
+
+    def _look_for_hangs(self) -> None:
+        if (told := self._watch.look(self._epoch, self._workers.seated())) is not None:
+            self._control.send(told)
 
     def _refuses_to_start(self, end: WorkerEnded) -> bool:
         rank = end.worker.rank

@@ -190,7 +190,7 @@ class Chronicle:
                 self._current = _Measured()
             case core.Resume():
                 self._resume(job.recoveries[-1])
-            case core.Fence(ranks=ranks, reason=reason):
+            case core.Fence(ranks=ranks, reason=reason) if job.timeline is None or job.timeline.causes[-1] != reason:
                 self._say(f"rank {', '.join(map(str, ranks))} is ended: {reason}")
 
     def _resume(self, recovery: Recovery) -> None:

@@ -108,6 +108,15 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Raised:
+    """The script is about to end by this exception. ``what`` names its type and the line that raised it, and is the
+    same when the same happens again; ``traceback`` is for people."""
+
+    what: str
+    traceback: str
+
+
+@dataclass(frozen=True)
 class InjectionFired:
     """Said by a worker right before it does to itself what it was told to; ``time`` is Unix time."""
 
@@ -128,7 +137,8 @@ class InjectionOrder:
 
 @dataclass(frozen=True)
 class Seat:
-    """The first message to every worker: which seat it takes, and what it runs there. Until then it is a spare."""
+    """The first message to every worker: which seat it takes, and what it runs there. Until then it is a spare. Two
+    descriptors come with it: the page that it keeps (``detect.pulse``), and the file for its stacks."""
 
     rank: Rank
     worker: WorkerId
@@ -174,6 +184,7 @@ FromWorker: TypeAlias = (
     | CheckpointDone
     | Reported
     | Finished
+    | Raised
     | InjectionFired
 )
 ToWorker: TypeAlias = Seat | MemoryGranted | Park | Drain | ExecutePlan | Resume | Release
@@ -183,7 +194,7 @@ def dialogue_codec() -> Codec:
     return Codec(
         (
             *(MemoryNeeded, Described, Ready, Stood, Executed, Failed, StepDone, Resumed),
-            *(CheckpointDone, Reported, Finished, InjectionFired),
+            *(CheckpointDone, Reported, Finished, Raised, InjectionFired),
             *(Seat, MemoryGranted, Park, Drain, ExecutePlan, Resume, Release),
         )
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -11,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
-from megatron_flashrecovery.runtime.launch_config import Injection
+from megatron_flashrecovery.runtime.launch_config import Fault, Injection
 from megatron_flashrecovery.runtime.moment import Moment
 
 
@@ -36,7 +38,34 @@ class Injector:
     def fire(self, order: InjectionOrder) -> None:
         self._orders.remove(order)
         self._channel.send(InjectionFired(order.index, time.time()))
-        os.kill(os.getpid(), signal.SIGKILL)
+        inflict(Fault(order.kind))
+
+
+class InjectedError(RuntimeError):
+    """Of a script that was told to have a bug."""
+
+
+def inflict(fault: Fault) -> None:
+    """On this process, by the thread that calls."""
+    match fault:
+        case Fault.KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case Fault.STOP:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case Fault.LOOP:
+            while True:
+                pass
+        case Fault.GIL:
+            while True:  # a signal, such as the one that asks for stacks, ends the sleep
+                ctypes.PyDLL(None).sleep(3600)
+        case Fault.SEGV:
+            ctypes.string_at(0)
+        case Fault.ABORT:
+            os.abort()
+        case Fault.EXCEPTION:
+            raise InjectedError("an exception that --inject asked for")
+        case Fault.EXIT:
+            sys.exit(1)
 
 
 def injection_orders(

@@ -129,6 +129,7 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
         join_timeout=deadlines.join_timeout,
         execute_timeout=deadlines.execute_timeout,
         max_restarts=config.max_restarts,
+        hang_timeout=deadlines.hang_timeout,
     )
     job = Job.start(job_config, seats, sharded=True)
     controller = Controller(config, job, (config.master_addr, store_port), chronicle)

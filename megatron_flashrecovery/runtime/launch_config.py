@@ -10,15 +10,36 @@ from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.core.pace import Pace
 from megatron_flashrecovery.runtime.moment import Moment
 
 
 class Fault(Enum):
+    """What a rank can be told to do to itself."""
+
     KILL = "kill"
+    STOP = "stop"
+    """Stand still by SIGSTOP."""
+    LOOP = "loop"
+    """Compute for ever."""
+    GIL = "gil"
+    """The same, with the interpreter's lock in its hands."""
+    SEGV = "segv"
+    ABORT = "abort"
+    EXCEPTION = "exception"
+    EXIT = "exit"
 
 
-# The field's public fault injectors call it by the name of the signal.
-_FAULT_NAMED: Mapping[str, Fault] = {"kill": Fault.KILL, "SIGKILL": Fault.KILL}
+# The field's public fault injectors have names of their own.
+_FAULT_NAMED: Mapping[str, Fault] = {
+    **{fault.value: fault for fault in Fault},
+    "SIGKILL": Fault.KILL,
+    "SIGSTOP": Fault.STOP,
+    "LOCK_GIL": Fault.GIL,
+    "SEGFAULT": Fault.SEGV,
+    "OS_ABORT": Fault.ABORT,
+    "WORKLOAD_EXC": Fault.EXCEPTION,
+}
 _SPEC_FORM = "kill:rank=5,step=6,at=backward"
 
 
@@ -60,7 +81,8 @@ class Deadlines:
     ``heartbeat_interval`` and ``heartbeat_timeout`` are between an agent and the controller; a dead worker is noticed
     at once and needs neither. ``drain_timeout``: from the order to park until every survivor has stopped.
     ``join_timeout``: from the start of a worker until it stands before its first step. ``execute_timeout``: from the
-    plan until it is executed.
+    plan until it is executed. ``hang_timeout``: how long something may take that was never seen to end a few times, a
+    first step for instance; everything else has a limit by what it took before. 0: nobody looks for hangs.
     """
 
     heartbeat_interval: float = 0.5
@@ -68,12 +90,14 @@ class Deadlines:
     drain_timeout: float = 30.0
     join_timeout: float = 300.0
     execute_timeout: float = 60.0
+    hang_timeout: float = 600.0
 
     def __post_init__(self) -> None:
         in_order = ("heartbeat_interval", "heartbeat_timeout", "drain_timeout")
         for name in (*in_order, "join_timeout", "execute_timeout"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: give seconds above zero")
+        Pace(unknown=self.hang_timeout)
         for shorter, longer in itertools.pairwise(in_order):
             if getattr(self, shorter) >= getattr(self, longer):
                 raise ConfigError(

@@ -18,6 +18,7 @@ from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.core.member import CarryOut, GetOutOfTheWay, GoOn, Leave, Member, Mode, SayReady, StandStill
 from megatron_flashrecovery.core.messages import Report, Standing
+from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.framework import StepRecord
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot, Stand
@@ -25,6 +26,8 @@ from megatron_flashrecovery.runtime.progress import Progress
 
 _BLOCKED_AFTER = 0.02
 _POLL = 0.01
+_BEAT = 0.25
+"""Seconds between two signs of life in the page that the agent reads."""
 _AGENT_GONE_EXIT = 18
 _BROKEN_EXIT = 19
 
@@ -40,8 +43,15 @@ class Line:
     """``report`` and the ``say_`` methods may be called by any thread."""
 
     def __init__(
-        self, seat: dialogue.Seat, channel: Channel, lot: ParkingLot, registry: GroupRegistry, progress: Progress
+        self,
+        seat: dialogue.Seat,
+        channel: Channel,
+        lot: ParkingLot,
+        registry: GroupRegistry,
+        progress: Progress,
+        pulse: Pulse,
     ) -> None:
+        self._pulse = pulse
         self._seat = seat
         self._channel = channel
         self._lot = lot
@@ -122,10 +132,12 @@ class Line:
     def _listen(self) -> None:
         try:
             while True:
+                self._pulse.beat()
                 try:
-                    message, fds = self._channel.receive(_POLL if self._lot.stopping else None)
+                    message, fds = self._channel.receive(_POLL if self._lot.stopping else _BEAT)
                 except TimeoutError:
-                    self._look_again()
+                    if self._lot.stopping:
+                        self._look_again()
                     continue
                 if isinstance(message, dialogue.MemoryGranted):
                     self._granted.put((message, fds))

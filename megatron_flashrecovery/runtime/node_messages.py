@@ -62,6 +62,22 @@ class DeathNoted:
 
 
 @dataclass(frozen=True)
+class LastWords:
+    """What a worker that is gone did last, by the page that it kept: the step, the activity, and the operation that it
+    waited in, if it did. ``raised`` and ``traceback`` are of an exception of the script, ``stacks`` those of all
+    threads, which it wrote when a signal ended it or when it was asked to, for it hung."""
+
+    rank: Rank
+    worker: WorkerId
+    step: Step | None = None
+    doing: str = ""
+    where: str = ""
+    raised: str | None = None
+    traceback: str = ""
+    stacks: str = ""
+
+
+@dataclass(frozen=True)
 class ExecutionNoted:
     """How long a rank's share took, in its parts, and when it was done (Unix time)."""
 
@@ -137,6 +153,7 @@ FromAgent: TypeAlias = (
     | StepNoted
     | BillNoted
     | DeathNoted
+    | LastWords
     | ExecutionNoted
     | FirstStepNoted
     | FinalNoted

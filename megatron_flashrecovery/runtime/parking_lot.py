@@ -19,6 +19,7 @@ from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed, Ve
 from megatron_flashrecovery.core.errors import FlashRecoveryError
 from megatron_flashrecovery.core.ids import GroupKey, Rank, Step
 from megatron_flashrecovery.core.messages import ExecutePlan, Match, Spot, Standing, Told
+from megatron_flashrecovery.detect.pulse import Pulse
 
 _PROCEED = Proceed()
 _NOTICE = 10.0
@@ -45,12 +46,17 @@ class ParkingLot:
 
     ``on_stand`` is called without the lock held, on the thread that has just stopped or started to stand elsewhere; it
     reports to the agent. ``on_match`` issues counterparts of what others are in, on the thread that stands, and returns
-    when they are over.
+    when they are over. ``pulse`` is told what a thread waits for.
     """
 
     def __init__(
-        self, order_timeout: float, on_stand: Callable[[], None], on_match: Callable[[Sequence[Match]], None]
+        self,
+        order_timeout: float,
+        on_stand: Callable[[], None],
+        on_match: Callable[[Sequence[Match]], None],
+        pulse: Pulse | None = None,
     ) -> None:
+        self._pulse = pulse or Pulse(None)
         self._order_timeout = order_timeout
         self._on_stand = on_stand
         self._on_match = on_match
@@ -86,7 +92,7 @@ class ParkingLot:
     def stop(self) -> None:
         """From now on every thread stands before its next operation. A plan that was not begun is void."""
         with self._changed:
-            self._stopping, self._executing = True, False
+            self._stopping, self._executing, self._pulse.held = True, False, True
             self._stopped_since = time.monotonic()
             self._go, self._answering, self._plan, self._matches = False, False, None, ()
             self._answers.clear()
@@ -114,7 +120,7 @@ class ParkingLot:
 
     def resume(self) -> None:
         with self._changed:
-            self._stopping = self._executing = False
+            self._stopping = self._executing = self._pulse.held = False
             self._changed.notify_all()
 
     def release(self) -> None:
@@ -202,6 +208,13 @@ class ParkingLot:
         """Wait for ``claim`` at a place between operations. Raises ``Interrupted`` if the job stops meanwhile, and
         ``NoRecovery`` after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        self._pulse.enter("", what)
+        try:
+            self._wait_until(claim, what, timeout, deadline)
+        finally:
+            self._pulse.leave()
+
+    def _wait_until(self, claim: Callable[[], bool], what: str, timeout: float | None, deadline: float | None) -> None:
         while True:
             with self._changed:
                 notice = time.monotonic() + _NOTICE

@@ -19,7 +19,8 @@ from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core.errors import FlashRecoveryError, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import ExecutePlan, Share, Source, Update
+from megatron_flashrecovery.core.messages import ExecutePlan, Update
+from megatron_flashrecovery.core.shares import Share, Source
 from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.keeper import Keeper

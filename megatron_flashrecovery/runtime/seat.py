@@ -6,15 +6,23 @@ import ctypes
 import os
 import runpy
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_flashrecovery.comm.channel import Channel, ChannelClosed
 from megatron_flashrecovery.core.errors import ConfigError
-from megatron_flashrecovery.runtime.dialogue import Seat
+from megatron_flashrecovery.detect import stacks
+from megatron_flashrecovery.detect.pulse import Pulse
+from megatron_flashrecovery.runtime.dialogue import Raised, Seat
 
 FROM_CHECKPOINT = "FLASHRECOVERY_FROM_CHECKPOINT"
 _PR_SET_NAME = 15
+_FOREIGN = frozenset({"FlashRecoveryError", "DistError", "AcceleratorError"})
+"""Exceptions that say something of this package, of the network or of a device, and not of the script."""
+_TRACEBACK_NBYTES = 8192
 _taken: tuple[Seat, Channel] | None = None
+_page: int | None = None
 
 
 def taken_seat() -> tuple[Seat, Channel]:
@@ -28,16 +36,24 @@ def taken_seat() -> tuple[Seat, Channel]:
     return _taken
 
 
+def taken_pulse() -> Pulse:
+    """Of this process."""
+    return Pulse(_page)
+
+
 def take_seat(channel: Channel) -> None:
     """Wait to be told which seat this is, and run the script there as ``__main__``. A spare waits here until it is
     needed; if the agent goes away first, there is nothing left to wait for."""
-    global _taken
+    global _taken, _page
     try:
-        message, _fds = channel.receive()
+        message, descriptors = channel.receive()
     except ChannelClosed:
         sys.exit(0)
     assert isinstance(message, Seat), message
     _taken = (message, channel)
+    if descriptors:
+        _page, words = descriptors
+        stacks.write_on_death(words)
     _name_process(f"rank{message.rank}")
     os.environ.update(message.environment)
     sys.argv = [message.script, *message.script_args]
@@ -46,6 +62,18 @@ def take_seat(channel: Channel) -> None:
     except ConfigError as error:
         print(f"flashrecovery: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Exception as error:
+        if _FOREIGN.isdisjoint(cls.__name__ for cls in type(error).__mro__):
+            with suppress(ChannelClosed):
+                channel.send(_raised(error))
+        raise
+
+
+def _raised(error: Exception) -> Raised:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = "".join(traceback.format_exception(error))
+    what = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno} in {last.name}"
+    return Raised(what, text.encode()[-_TRACEBACK_NBYTES:].decode(errors="replace"))
 
 
 def _name_process(name: str) -> None:

@@ -38,7 +38,7 @@ from megatron_flashrecovery.runtime.ownership import Ownership
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
 from megatron_flashrecovery.runtime.progress import NO_STEP, Progress, with_record
 from megatron_flashrecovery.runtime.recovery import Recovery
-from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT, taken_seat
+from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT, taken_pulse, taken_seat
 from megatron_flashrecovery.runtime.settling import Berth, find_berth, take_memory
 
 T = TypeVar("T")
@@ -54,8 +54,9 @@ class Session:
         self.rank = seat.rank
         self._progress = Progress(update=Update.WRITING if seat.joining else Update.BEFORE)
         self._bulletin = Bulletin(seat.store_host, seat.store_port, seat.join_timeout, seat.token.encode())
+        self._pulse = taken_pulse()
         self._lot = ParkingLot(
-            seat.drain_timeout, lambda: self._line.report(), lambda matches: self._registry.match(matches)
+            seat.drain_timeout, lambda: self._line.report(), lambda matches: self._registry.match(matches), self._pulse
         )
         record = StartupRecord.from_bytes(seat.startup) if seat.joining and seat.startup else None
         self._registry = GroupRegistry(
@@ -66,8 +67,9 @@ class Session:
             epoch=seat.epoch,
             timeout=_GROUP_TIMEOUT,
             joining=record,
+            watch=self._pulse,
         )
-        self._line = Line(seat, channel, self._lot, self._registry, self._progress)
+        self._line = Line(seat, channel, self._lot, self._registry, self._progress, self._pulse)
         self._injector = Injector(seat.injections, channel)
         self._joining = seat.joining
         self._entered = False
@@ -177,7 +179,7 @@ class Session:
         wanted = Step(step + 1)
         began = time.monotonic()
         self._call_of[wanted] = call
-        with self._inside_of_guard():
+        with self._inside_of("a step", wanted):
             self._do(lambda: self._reach(wanted, again=False), f"step {wanted}", wanted)
         record = self._progress.records[wanted]
         self._last_step = wanted
@@ -199,7 +201,7 @@ class Session:
             return call()
         guarded = GuardedCall(name, call, again or call)
         self._calls_after.setdefault(self._last_step, []).append(guarded)
-        with self._inside_of_guard():
+        with self._inside_of(name, self._last_step):
             self._do(guarded.make, name, self._last_step)
         result: T = guarded.result
         return result
@@ -216,10 +218,7 @@ class Session:
             self._keep_before_update()
         completed = self._progress.completed
         due = completed if self._ownership.sharded else Step(completed + 1)
-        self._lot.wait_until(
-            lambda: self._keeper.has_acknowledged(due),
-            self._mirror_of(due),
-        )
+        self._lot.wait_until(lambda: self._keeper.has_acknowledged(due), self._mirror_of(due))
         self._wait_for_device()
         self._lot.check()
         self._progress.update = Update.ARMED
@@ -268,8 +267,9 @@ class Session:
             self._lot.wait_until_released()
 
         self._calls_after.setdefault(self._last_step, []).append(GuardedCall("the end", wait, wait))
-        with self._inside_of_guard():
+        with self._inside_of("the end", last):
             self._do(wait, "the end", last)
+        self._pulse.end()
         self._keeper.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -280,6 +280,7 @@ class Session:
         if self._entered:
             return
         self._entered = True
+        self._pulse.begin(self._progress.completed)
         step = self._last_step = self._progress.completed
         if self._joining:
             self._registry.rehearse(False)
@@ -292,9 +293,8 @@ class Session:
         self._complete(step, StepRecord(None, None))
         if not self._ownership.sharded:
             self._keeper.capture(step, with_record(self._progress.values[step], None))
-        self._lot.wait_until(
-            lambda: self._keeper.has_acknowledged(step), self._mirror_of(step), self._seat.join_timeout
-        )
+        acknowledged = partial(self._keeper.has_acknowledged, step)
+        self._lot.wait_until(acknowledged, self._mirror_of(step), self._seat.join_timeout)
         self._line.say_ready(startup)
 
     def _mirror_of(self, step: Step) -> str:
@@ -309,14 +309,13 @@ class Session:
 
     def _describe(self, berth: Berth) -> None:
         """What this rank is part of: every group is told of by its first member."""
-        framework = self._framework
         members_of = {key: self._registry.members(key) for key in self._registry.groups}
         unique = sum(piece.nbytes for piece in self._ownership.unique())
         self._channel.send(
             dialogue.Described(
                 sharded=self._ownership.sharded,
                 host=berth.host,
-                peers=framework.data_parallel_peers(),
+                peers=self._framework.data_parallel_peers(),
                 groups={key: members for key, members in members_of.items() if members[0] == self.rank},
                 unique_nbytes=unique,
                 warning="; ".join(berth.warnings) or None,
@@ -324,10 +323,11 @@ class Session:
         )
 
     @contextmanager
-    def _inside_of_guard(self) -> Iterator[None]:
+    def _inside_of(self, activity: str, step: Step) -> Iterator[None]:
         self._inside = True
         try:
-            yield
+            with self._pulse.doing(activity, step):
+                yield
         finally:
             self._inside = False
 

@@ -16,7 +16,6 @@ from megatron_flashrecovery.core.messages import (
     Release,
     RestartAll,
     Resume,
-    Source,
     Spot,
     Standing,
     StartWorkers,
@@ -24,6 +23,7 @@ from megatron_flashrecovery.core.messages import (
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Draining, Finished, Halted, Staffing, Starting, Training
+from megatron_flashrecovery.core.shares import Source
 from tests.core.jobs import (
     CONFIG,
     SEATS,

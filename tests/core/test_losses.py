@@ -13,7 +13,6 @@ from megatron_flashrecovery.core.messages import (
     PlanExecuted,
     PlanFailed,
     RestartAll,
-    Source,
     Spot,
     Standing,
     StartWorkers,
@@ -21,6 +20,7 @@ from megatron_flashrecovery.core.messages import (
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Draining, Executing, Staffing
+from megatron_flashrecovery.core.shares import Source
 from tests.core.jobs import (
     CONFIG,
     SEATS,

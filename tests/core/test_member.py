@@ -12,7 +12,8 @@ from megatron_flashrecovery.core.member import (
     SayReady,
     StandStill,
 )
-from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Resume, Share, Source
+from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Resume
+from megatron_flashrecovery.core.shares import Share, Source
 
 NODE = NodeId("a")
 SHARE = Share(1, Source.LIVE)

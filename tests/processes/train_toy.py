@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.runtime.framework import StepRecord
 from megatron_flashrecovery.runtime.session import Session
 from megatron_flashrecovery.testing.toy import Toy, ToyShape
 
@@ -29,6 +30,9 @@ def main() -> None:
     parser.add_argument("--fail-at-end", action="store_true", help="rank 1 fails when everything is done")
     parser.add_argument("--leave-at", type=int, default=-1, help="exit with 0 before this step")
     parser.add_argument("--only-rank", type=int, help="and only this rank")
+    parser.add_argument("--raise-at", type=int, default=-1, help="an exception in this step, again and again")
+    parser.add_argument("--mismatch-at", type=int, default=-1, help="it waits in this step for who never comes")
+    parser.add_argument("--once", type=Path, help="not again when this file exists")
     parser.add_argument("--report", action="store_true", help="two guarded collectives behind every step")
     parser.add_argument("--on-sigterm", choices=("leave", "ignore"), help="leave: all ranks, after the same step")
     parser.add_argument("--enable-flash-recovery", action="store_true", help="as every script that is launched has it")
@@ -42,6 +46,7 @@ def main() -> None:
     session.install_groups()
     dist.init_process_group("gloo")
     toy = Toy(ToyShape(numel=args.numel, sharded=not args.replicated))
+    everybody = dist.new_group() if args.mismatch_at >= 0 else None
     if session.rank == 1 and (args.fail_always or _is_first(args.fail_once)):
         sys.exit(1)
     if session.is_joining:
@@ -54,10 +59,19 @@ def main() -> None:
     early = (
         was_joining and (args.report or args.on_sigterm == "leave") and first > 0
     )  # what follows the resume step is done by everybody
+
+    def compute(step: int) -> StepRecord:
+        if args.only_rank in (None, session.rank):
+            if step == args.raise_at:
+                raise ValueError("the batch is empty")
+            if step == args.mismatch_at and (args.once is None or _is_first(args.once)):
+                dist.barrier(everybody)
+        return toy.step(session)
+
     for step in range(first - early, args.steps):
         if step == args.leave_at and args.only_rank in (None, session.rank):
             sys.exit(0)
-        record = session.run_step(Step(step), lambda: toy.step(session))
+        record = session.run_step(Step(step), lambda step=step: compute(step))
         print(f"rank {dist.get_rank()} step {step + 1} loss {record.loss} norm {record.grad_norm}", flush=True)
         if args.report:
             report(session, toy, step + 1, was_joining)

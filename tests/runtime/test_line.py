@@ -11,6 +11,7 @@ import pytest
 from megatron_flashrecovery.comm.channel import Channel, channel_pair
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, WorkerId
 from megatron_flashrecovery.core.messages import Park, Spot, Standing
+from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.dialogue import Seat, Stood, dialogue_codec
 from megatron_flashrecovery.runtime.line import Line
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
@@ -48,7 +49,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel]:
     ours, theirs = channel_pair(codec)
     seat = Seat(Rank(1), WorkerId("1"), NodeId("a"), Epoch(0), False, b"", 2, 2, "", 0, "", "", False, (), {})
     lot = ParkingLot(5.0, lambda: None, lambda matches: None)
-    line = Line(seat, Channel(theirs, codec), lot, BlockedRegistry(), Progress())  # type: ignore[arg-type]
+    line = Line(seat, Channel(theirs, codec), lot, BlockedRegistry(), Progress(), Pulse(None))  # type: ignore[arg-type]
     line._member.ready()
     line.start()
     yield ours

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_flashrecovery.core.ids import Rank
-from megatron_flashrecovery.core.messages import NodeLost
+from megatron_flashrecovery.core.hangs import few
+from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.core.messages import NodeLost, RanksHung
+from megatron_flashrecovery.core.phases import Training
 from tests.simulation.settings import Fault
 
 if TYPE_CHECKING:
@@ -70,12 +72,32 @@ class BadLuck:
             self._add_spare()
             return True
         if deadline is None:
-            # A hang without a loss: something outside the core notices it.
+            # A hang without a loss: the agents see who does not move, and that the others wait.
+            return self._tell_of_hangs()
+        return False
+
+    def _tell_of_hangs(self) -> bool:
+        hung = {worker.rank for worker in self.world.living() if worker.is_hung}
+        if not hung:
+            return False
+        if not isinstance(self.world.job.phase, Training) or len(hung) > few(self.world.settings.model.size):
+            # Before the first step nobody has a limit, and of many nobody knows who is to blame.
             for worker in self.world.living():
                 if worker.is_hung:
                     worker.agent.lose([worker.rank], "hangs")
                     return True
-        return False
+        self._tell_who_waits(frozenset(hung))
+        return True
+
+    def _tell_who_waits(self, hung: frozenset[Rank]) -> None:
+        world = self.world
+        for agent in world.agents.values():
+            ranks = [worker.rank for worker in world.living() if worker.agent is agent]
+            waiting = {rank: "an operation" for rank in ranks if rank not in hung}
+            step = Step(max((worker.step for worker in world.living()), default=0))
+            told = RanksHung(agent.node, world.job.epoch, {r: "it hangs" for r in ranks if r in hung}, waiting, step)
+            if agent.is_alive and ranks:
+                world.tell(told)
 
     def _add_spare(self) -> None:
         self.spare_at = None
@@ -104,6 +126,8 @@ class BadLuck:
                 self._corrupt(victims[0])
             case "node":
                 self._lose_node(victims[0])
+            case "alarm":
+                self._tell_who_waits(frozenset())
 
     def _corrupt(self, victim: Worker) -> None:
         """The mirror of a rank rots at its host, sometimes its own copies as well, and then the rank is needed."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.core.messages import Share, Source, Update
+from megatron_flashrecovery.core.messages import Update
+from megatron_flashrecovery.core.shares import Share, Source
 from tests.simulation.fabric import Communicator, mix
 from tests.simulation.program import Collective, Pause, Program, _int
 from tests.simulation.snapshot import Snapshot

@@ -10,6 +10,7 @@ from megatron_flashrecovery.core.ids import GroupKey, NodeId, Rank
 from megatron_flashrecovery.core.job import JobConfig
 
 LAYOUTS = [(2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 4, 2), (2, 2, 3), (2, 4, 2), (1, 1, 8), (2, 2, 4), (4, 1, 2), (1, 2, 2)]
+_ALARMS = 0.15
 PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
 
 
@@ -141,7 +142,10 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         model,
         nodes,
         config,
-        faults=tuple(_draw_fault(rng, nodes) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4]))),
+        faults=(
+            *(_draw_fault(rng, nodes) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4]))),
+            *_draw_alarm(seed, off),
+        ),
         spares=rng.choice([0, 1, 1, 2]),
         spare_delay=rng.choice([0.0, 0.5, 5.0]),
         is_eager=rng.random() < 0.6,
@@ -155,6 +159,14 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         forms_kept=0 if "matching" in off else rng.choice([0, 1, 2, 8, 8, 8]),
         off=off,
     )
+
+
+def _draw_alarm(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
+    """Sometimes all are told to hang though nobody does. Drawn apart, so that the rest of a seed stays what it was."""
+    rng = Random(f"alarm {seed}")
+    if off or rng.random() > _ALARMS:
+        return ()
+    return (Fault("turn", rng.random(), rng.choice([0, 3, 30]), "one", "alarm"),)
 
 
 def _draw_fault(rng: Random, nodes: int) -> Fault:

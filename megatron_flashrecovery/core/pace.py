@@ -1,0 +1,89 @@
+"""Who has hung, by what it was seen to take before: no limit on a hang is a constant.
+
+A trainer's main thread either computes or waits inside an operation for others. Whoever waits is a victim; whoever
+computes for much longer than it ever did in the same activity (a step, an evaluation, a checkpoint), or whose threads
+do not run at all, is to blame. What was never seen to end a few times (a first step) has no limit but ``unknown``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import Rank, Step
+
+BETWEEN = "between two steps"
+_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """``factor`` times the longest stretch of its kind so far, and at least ``least`` seconds, is a hang; ``unknown``
+    seconds where fewer than three of a kind were seen. 0 switches the detection of hangs off. Between two steps a loop
+    may do whatever it likes, and on one rank only: there it is ``between`` at least. No limit but ``factor`` is longer
+    than ``unknown``."""
+
+    unknown: float = 600.0
+    factor: float = 4.0
+    least: float = 5.0
+    between: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.unknown < 0:
+            raise ConfigError(f"--hang-timeout {self.unknown:g}: give seconds, or 0 to look for no hangs")
+
+    def limit(self, doing: str, longest: float, seen: int) -> float:
+        if seen < _SAMPLES:
+            return self.unknown
+        least = self.between if doing == BETWEEN else self.least
+        return max(min(least, self.unknown), self.factor * longest)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a trainer was last seen to do; times are those of one monotonic clock, in seconds.
+
+    ``doing`` is the activity, empty before the first and behind the last. ``where`` is what the main thread waits in,
+    empty while it computes, since ``since``; the ``longest`` stretch like this one in this activity, of which ``seen``
+    have ended, took as long. ``beat`` is when the session's own thread last ran, ``longest_pause`` its longest silence.
+    """
+
+    beat: float
+    longest_pause: float
+    doing: str
+    step: Step
+    where: str
+    since: float
+    longest: float
+    seen: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``hung`` with the evidence; ``waiting`` for longer than ever, with what for."""
+
+    hung: Mapping[Rank, str] = field(default_factory=dict)
+    waiting: Mapping[Rank, str] = field(default_factory=dict)
+
+
+def judge(readings: Mapping[Rank, Reading], now: float, pace: Pace, not_before: float) -> Verdict:
+    """``not_before`` is from when on anybody could be seen: when training went on, or the watcher itself woke up."""
+    hung: dict[Rank, str] = {}
+    waiting: dict[Rank, str] = {}
+    if not pace.unknown:
+        return Verdict()
+    for rank, reading in readings.items():
+        if not reading.doing:
+            continue
+        silent = now - max(reading.beat, not_before)
+        stretch = now - max(reading.since, not_before)
+        limit = pace.limit(reading.doing, reading.longest, reading.seen)
+        before = f"the longest before took {reading.longest:.1f} s" if reading.seen else "it never came here before"
+        if silent > (pause := pace.limit("", reading.longest_pause, reading.seen)):
+            hung[rank] = f"none of its threads has run for {silent:.1f} s in {reading.doing} (limit {pause:.1f} s)"
+        elif stretch > limit and not reading.where:
+            hung[rank] = f"it has computed for {stretch:.1f} s in {reading.doing}, {before} (limit {limit:.1f} s)"
+        elif stretch > limit:
+            waiting[rank] = f"{reading.where}, for {stretch:.1f} s in {reading.doing}"
+    return Verdict(hung, waiting)

@@ -1,0 +1,128 @@
+"""What is done about ranks that hang, and about exceptions that come again."""
+
+from megatron_flashrecovery.core.hangs import describe, few
+from megatron_flashrecovery.core.ids import Epoch, Rank, Step, WorkerId
+from megatron_flashrecovery.core.messages import (
+    ClockTicked,
+    Fence,
+    Loss,
+    Park,
+    RanksHung,
+    StartWorkers,
+    Stop,
+    WorkersLost,
+)
+from megatron_flashrecovery.core.phases import Draining, Training
+from tests.core.jobs import GROUPS, A, B, key, play, recovered_job, training_job
+
+
+def told(node=A, hung=(), waiting=(), epoch=0, step=7):
+    return RanksHung(
+        node,
+        Epoch(epoch),
+        {Rank(rank): "it sleeps" for rank in hung},
+        {Rank(rank): "allreduce of world, for 9 s in a step" for rank in waiting},
+        Step(step),
+    )
+
+
+def raised(rank, step=7, worker="1", what="ValueError at train.py:3 in step", epoch=0):
+    loss = Loss(Rank(rank), WorkerId(f"{rank}.{worker}"), "exit code 1", Epoch(epoch), Step(step), what)
+    return WorkersLost(A if rank < 2 else B, (loss,))
+
+
+def test_one_that_hangs_is_ended_and_replaced_once_it_is_clear_that_it_is_alone():
+    job = training_job()
+    assert play(job, told(hung=[1]), now=10.0) == []
+    assert play(job, ClockTicked(), now=10.9) == []
+    fence, park, start = play(job, ClockTicked(), now=11.0)
+    assert fence == Fence(A, (1,), "rank 1 hangs: it sleeps", 1)
+    assert isinstance(park, Park)
+    assert start == StartWorkers(A, 1, (1,))
+
+
+def test_one_that_moves_again_is_left_alone():
+    job = training_job()
+    play(job, told(hung=[1]), now=10.0)
+    play(job, told(), now=10.5)
+    assert play(job, ClockTicked(), now=20.0) == []
+
+
+def test_many_at_the_same_time_are_not_to_blame():
+    job = training_job()
+    play(job, told(hung=[0, 1]), now=10.0)
+    assert few(4) == 1
+    assert play(job, ClockTicked(), now=500.0) == []
+    assert isinstance(job.phase, Training)
+
+
+def test_many_that_hang_for_ever_end_the_job_or_take_it_back_to_its_checkpoint():
+    job = training_job()
+    play(job, told(hung=[0, 1]), now=10.0)
+    (stop,) = play(job, ClockTicked(), now=610.0)
+    assert isinstance(stop, Stop)
+    assert "2 ranks hang at the same time: rank 0: it sleeps" in stop.reason
+
+
+def test_all_that_wait_for_each_other_go_back_once():
+    job = training_job()
+    play(job, told(A, waiting=[0, 1]), told(B, waiting=[2, 3]), now=10.0)
+    (park,) = play(job, ClockTicked(), now=11.0)
+    assert park == Park(1, 1, ())
+    assert isinstance(job.phase, Draining)
+
+
+def test_the_second_time_in_the_same_step_it_is_a_bug_of_the_script():
+    job = training_job()
+    job.deadlocks.add(Step(7))
+    play(job, told(A, waiting=[0, 1]), told(B, waiting=[2, 3]), now=10.0)
+    (stop,) = play(job, ClockTicked(), now=11.0)
+    assert isinstance(stop, Stop)
+    assert "again after all went back once" in stop.reason
+
+
+def test_as_long_as_somebody_computes_nobody_waits_in_vain():
+    job = training_job()
+    play(job, told(A, waiting=[0, 1]), told(B, waiting=[2]), now=10.0)
+    assert play(job, ClockTicked(), now=60.0) == []
+
+
+def test_what_was_seen_in_an_older_epoch_counts_no_more():
+    job = recovered_job()
+    assert play(job, told(hung=[1], epoch=0), now=10.0) == []
+    assert play(job, ClockTicked(), now=20.0) == []
+
+
+def test_who_waits_is_told_with_who_never_came():
+    members = {key(name): tuple(map(Rank, ranks)) for name, ranks in GROUPS.items()}
+    waiting = {Rank(0): "allreduce of dp0, for 9 s in a step", Rank(1): "barrier of world, for 9 s in a step"}
+    assert describe(waiting, members) == (
+        "rank 0 in allreduce of dp0, where rank 2 never came; rank 1 in barrier of world, where rank 0, 2, 3 never came"
+    )
+
+
+def test_the_same_exception_in_the_same_step_of_the_same_rank_ends_the_job():
+    job = training_job()
+    assert isinstance(play(job, raised(1))[0], Park)
+    (stop,) = play(job, raised(1, worker="2", epoch=1))
+    assert isinstance(stop, Stop)
+    assert stop.reason == (
+        "rank 1 raised the same exception in step 7 again after a retry, so it is the script's: "
+        "ValueError at train.py:3 in step"
+    )
+
+
+def test_another_exception_or_step_or_rank_is_another_story():
+    for again in (
+        raised(1, step=8, worker="2", epoch=1),
+        raised(1, what="KeyError at x.py:1 in f", worker="2", epoch=1),
+    ):
+        job = training_job()
+        play(job, raised(1))
+        assert not any(isinstance(command, Stop) for command in play(job, again))
+
+
+def test_the_end_of_one_worker_told_twice_is_no_second_exception():
+    job = training_job()
+    play(job, raised(1))
+    assert play(job, raised(1)) == []

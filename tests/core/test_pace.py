@@ -1,0 +1,81 @@
+"""Who has hung, by what was seen before."""
+
+import pytest
+
+from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.core.pace import BETWEEN, Pace, Reading, judge
+
+NOW = 1000.0
+PACE = Pace(unknown=600.0)
+
+
+def reading(
+    computing: float = 0.0,
+    longest: float = 0.5,
+    seen: int = 10,
+    where: str = "",
+    doing: str = "a step",
+    silent: float = 0.1,
+) -> Reading:
+    return Reading(NOW - silent, 0.3, doing, Step(7), where, NOW - computing, longest, seen)
+
+
+def hung(reading: Reading, pace: Pace = PACE, not_before: float = 0.0) -> str:
+    return judge({Rank(3): reading}, NOW, pace, not_before).hung.get(Rank(3), "")
+
+
+def test_who_computes_for_much_longer_than_ever_hangs():
+    assert not hung(reading(computing=4.9))
+    assert hung(reading(computing=5.1)) == (
+        "it has computed for 5.1 s in a step, the longest before took 0.5 s (limit 5.0 s)"
+    )
+
+
+def test_the_limit_grows_with_what_is_usual():
+    assert not hung(reading(computing=39.0, longest=10.0))
+    assert hung(reading(computing=41.0, longest=10.0))
+
+
+@pytest.mark.parametrize("seen", [0, 1, 2])
+def test_a_first_step_an_evaluation_or_a_checkpoint_has_time(seen):
+    assert not hung(reading(computing=599.0, longest=0.1, seen=seen))
+    assert hung(reading(computing=601.0, longest=0.1, seen=seen))
+
+
+def test_between_two_steps_a_loop_has_more_time_than_in_one():
+    assert not hung(reading(computing=59.0, longest=0.1, doing=BETWEEN))
+    assert hung(reading(computing=61.0, longest=0.1, doing=BETWEEN))
+
+
+def test_who_waits_is_no_suspect_but_is_known_to_wait():
+    verdict = judge({Rank(3): reading(computing=7.0, where="barrier of world#0")}, NOW, PACE, 0.0)
+    assert not verdict.hung
+    assert verdict.waiting == {3: "barrier of world#0, for 7.0 s in a step"}
+
+
+def test_who_does_not_run_at_all_hangs_wherever_it_is():
+    silent = reading(computing=6.0, where="barrier of world#0", silent=6.0)
+    assert hung(silent) == "none of its threads has run for 6.0 s in a step (limit 5.0 s)"
+
+
+def test_nothing_counts_from_before_the_watcher_woke_up():
+    assert not hung(reading(computing=50.0, silent=50.0), not_before=NOW - 1.0)
+
+
+def test_who_has_not_begun_or_is_done_does_not_hang():
+    assert not hung(reading(computing=5000.0, silent=5000.0, doing=""))
+
+
+def test_nobody_hangs_when_nobody_looks():
+    assert not hung(reading(computing=5000.0), Pace(unknown=0.0))
+
+
+def test_a_short_timeout_is_the_limit_of_everything_quick():
+    assert hung(reading(computing=1.1, longest=0.1), Pace(unknown=1.0))
+    assert not hung(reading(computing=1.9, longest=0.5), Pace(unknown=1.0))
+
+
+def test_a_negative_timeout_is_refused():
+    with pytest.raises(ConfigError, match="--hang-timeout -1"):
+        Pace(unknown=-1.0)

@@ -1,0 +1,135 @@
+"""The page by which an agent sees what a trainer does."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.core.pace import BETWEEN
+from megatron_flashrecovery.detect.pulse import Pulse, PulseReader, make_page
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def page(clock):
+    descriptor = make_page()
+    reader = PulseReader(descriptor)
+    yield Pulse(descriptor, clock), reader
+    reader.close()
+
+
+def test_before_anything_was_written_there_is_nothing_to_read(page):
+    pulse, reader = page
+    assert reader.read() is None
+    pulse.begin(Step(0))
+    assert reader.read() is None, "the session's thread has not said that it runs"
+
+
+def test_a_reading_says_what_is_done_since_when_and_how_long_it_took_before(page, clock):
+    pulse, reader = page
+    pulse.beat()
+    pulse.begin(Step(3))
+    for seconds in (1.0, 4.0, 2.0):
+        with pulse.doing("a step", Step(4)):
+            clock.now += seconds
+    with pulse.doing("a step", Step(7)):
+        began = clock.now
+        clock.now += 1.0
+        found = reader.read()
+    assert (found.doing, found.step, found.where) == ("a step", 7, "")
+    assert (found.since, found.longest, found.seen) == (began, 4.0, 3)
+    assert reader.read().doing == BETWEEN
+
+
+def test_waiting_has_a_duration_of_its_own(page, clock):
+    pulse, reader = page
+    pulse.beat()
+    pulse.begin(Step(0))
+    with pulse.doing("a step", Step(1)):
+        clock.now += 1.0
+        pulse.enter("dp[0,2]#0", "allreduce")
+        clock.now += 9.0
+        assert reader.read().where == "allreduce of dp[0,2]#0"
+        pulse.leave()
+        clock.now += 2.0
+        assert (reader.read().where, reader.read().longest) == ("", 1.0)
+    with pulse.doing("a step", Step(2)):
+        assert reader.read().longest == 2.0
+        pulse.enter("", "the others")
+        assert (reader.read().where, reader.read().longest) == ("the others", 9.0)
+
+
+def test_what_a_recovery_takes_is_not_usual(page, clock):
+    pulse, reader = page
+    pulse.beat()
+    pulse.begin(Step(0))
+    with pulse.doing("a step", Step(1)):
+        clock.now += 1.0
+        pulse.held = True
+        pulse.enter("world#0", "barrier")
+        clock.now += 50.0
+        pulse.leave()
+        pulse.held = False
+        pulse.enter("world#0", "barrier")
+        assert reader.read().longest == 0.0
+
+
+def test_an_exception_leaves_what_was_done_when_it_came(page):
+    pulse, reader = page
+    pulse.beat()
+    pulse.begin(Step(0))
+    with pytest.raises(ValueError, match="a bug"), pulse.doing("a step", Step(5)):
+        raise ValueError("a bug")
+    assert (reader.read().doing, reader.read().step) == ("a step", 5)
+
+
+def test_names_of_any_length_and_language_fit(page):
+    pulse, reader = page
+    pulse.beat()
+    with pulse.doing("å" * 500, Step(1)):
+        pulse.enter("g" * 500, "allreduce")
+        assert reader.read().doing.startswith("å" * 40)
+        assert reader.read().where.startswith("allreduce of ggg")
+
+
+def test_the_longest_silence_counts_from_the_first_activity_on(page, clock):
+    pulse, reader = page
+    pulse.beat()
+    clock.now += 30.0  # the start
+    pulse.begin(Step(0))
+    pulse.beat()
+    with pulse.doing("a step", Step(1)):
+        pass
+    clock.now += 0.4
+    pulse.beat()
+    assert reader.read().longest_pause == pytest.approx(0.4)
+
+
+def test_a_page_tells_of_a_process_that_was_killed():
+    descriptor = make_page()
+    reader = PulseReader(descriptor)
+    pid = os.fork()
+    if pid == 0:
+        pulse = Pulse(descriptor)
+        pulse.beat()
+        pulse.begin(Step(8))
+        pulse.enter("tp[0,1]#0", "broadcast")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    found = reader.read()
+    assert (found.step, found.where) == (8, "broadcast of tp[0,1]#0")
+    assert found.beat <= time.monotonic()
+    reader.close()

@@ -1,0 +1,113 @@
+"""What an agent sees of its trainers, and when it tells."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
+from megatron_flashrecovery.core.pace import Pace
+from megatron_flashrecovery.detect.pulse import Pulse
+from megatron_flashrecovery.runtime.dialogue import Raised
+from megatron_flashrecovery.runtime.node_messages import LastWords
+from megatron_flashrecovery.runtime.watch import Watch, in_words
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def watch(clock):
+    watch = Watch(NodeId("node0"), Pace(), clock)
+    yield watch
+    watch.close()
+
+
+def trainer(watch, clock, rank):
+    """One that has made some steps."""
+    worker = SimpleNamespace(id=WorkerId(f"rank{rank}.1"))
+    page, _stacks = watch.take(worker.id)
+    pulse = Pulse(page, clock)
+    pulse.beat()
+    pulse.begin(Step(0))
+    for step in range(4):
+        with pulse.doing("a step", Step(step + 1)):
+            clock.now += 0.1
+    return (Rank(rank), worker), pulse
+
+
+def wait(watch, clock, pulses, seconds, seated):
+    """Time passes, the session's threads run, and the agent looks."""
+    told = []
+    for _ in range(int(seconds / 0.5)):
+        clock.now += 0.5
+        for pulse in pulses:
+            pulse.beat()
+        if (event := watch.look(Epoch(0), seated)) is not None:
+            told.append(event)
+    return told
+
+
+def test_one_that_computes_for_ever_is_told_once_and_again_when_it_goes_on(watch, clock):
+    seat, pulse = trainer(watch, clock, 0)
+    with pulse.doing("a step", Step(5)):
+        (event,) = wait(watch, clock, [pulse], 8.0, [seat])
+        assert event.hung.keys() == {0}
+        assert (event.step, event.waiting) == (5, {})
+    (event,) = wait(watch, clock, [pulse], 2.0, [seat])
+    assert not event.hung
+
+
+def test_nobody_is_looked_at_while_the_job_recovers(watch, clock):
+    seat, pulse = trainer(watch, clock, 0)
+    watch.pause()
+    with pulse.doing("a step", Step(5)):
+        assert wait(watch, clock, [pulse], 60.0, [seat]) == []
+        watch.go_on()
+        assert wait(watch, clock, [pulse], 4.0, [seat]) == []
+        assert len(wait(watch, clock, [pulse], 4.0, [seat])) == 1
+
+
+def test_an_agent_that_was_asleep_has_seen_nobody_hang(watch, clock):
+    seat, pulse = trainer(watch, clock, 0)
+    watch.look(Epoch(0), [seat])
+    with pulse.doing("a step", Step(5)):
+        clock.now += 100.0
+        assert watch.look(Epoch(0), [seat]) is None
+        assert len(wait(watch, clock, [pulse], 8.0, [seat])) == 1
+
+
+def test_the_last_words_of_a_dead_one_are_told_once(watch, clock):
+    (rank, worker), pulse = trainer(watch, clock, 3)
+    watch.note_raised(worker.id, Raised("ValueError at train.py:3 in step", "Traceback ..."))
+    pulse.enter("tp[2,3]#0", "broadcast")
+    words = watch.last_words(rank, worker.id)
+    assert (words.step, words.where, words.raised) == (0, "broadcast of tp[2,3]#0", "ValueError at train.py:3 in step")
+    assert watch.last_words(rank, worker.id) == LastWords(rank, worker.id)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (LastWords(Rank(1), WorkerId("w"), Step(7), "a step"), " at step 7"),
+        (LastWords(Rank(1), WorkerId("w"), Step(7), "a step", "barrier of g"), " at step 7, in barrier of g"),
+        (LastWords(Rank(1), WorkerId("w"), Step(7), "save_checkpoint"), " at step 7 in save_checkpoint"),
+        (LastWords(Rank(1), WorkerId("w")), ""),
+    ],
+)
+def test_what_it_did_last_in_half_a_sentence(words, said):
+    assert in_words(words) == said
+
+
+def test_nothing_is_kept_of_those_that_are_gone(watch, clock):
+    trainer(watch, clock, 0)
+    watch.keep_only(())
+    assert watch.last_words(Rank(0), WorkerId("rank0.1")) == LastWords(Rank(0), WorkerId("rank0.1"))

@@ -32,6 +32,13 @@ if "TELL_MODULES" in os.environ:
         lambda: print("ours:", *sorted(name for name in sys.modules if name.startswith("megatron_flashrecovery")))
     )
 
+if "LAZY_BOARD" in os.environ:
+    # As in a bucket, or under TensorFlow: what is written is kept in memory until the writer is told to flush it.
+    from tensorboard.compat.tensorflow_stub.io import gfile
+
+    if hasattr(gfile.LocalFileSystem, "append"):
+        del gfile.LocalFileSystem.append
+
 CHECKOUT = Path(os.environ["MEGATRON_LM"])
 sys.path.insert(0, str(CHECKOUT))
 SCRIPT = str(CHECKOUT / "pretrain_gpt.py")

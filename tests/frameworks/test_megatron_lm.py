@@ -178,11 +178,13 @@ def test_a_job_that_is_told_to_end_writes_a_checkpoint_and_another_goes_on(
     assert [line.step for line in again.steps] == [last + 1]
 
 
-def test_every_step_is_in_the_board_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("environment", [{}, {"LAZY_BOARD": "1"}], ids=["appended", "kept until it is flushed"])
+def test_every_step_is_in_the_board_once(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     directory = tmp_path_factory.mktemp("run")
     kills = (*KILLS[:2], kill(7, 8, "between"))
     job = pretrain(*SHARDED, "--tensorboard-dir", str(directory / "board"), injections=kills)
+    job.environment.update(environment)
     outcome = run(job, directory / "run", timeout=240)
     assert outcome.exit_code == 0, outcome.said
     board = event_accumulator.EventAccumulator(str(directory / "board"))

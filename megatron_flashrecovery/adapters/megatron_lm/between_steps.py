@@ -71,8 +71,16 @@ class BetweenSteps:
         result = self._session.guard(self._name, first, again)
         self._delivered = result if self._name == EXIT else None
         if self._name in REPORTS and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            self._flush_board()
             self._session.note_reported(self._key, self._step)
         return result
+
+    def _flush_board(self) -> None:
+        """A replacement does not write again what is noted, so it must not die with this process. Upstream flushes at the
+        end only; until then TensorBoard's thread keeps it for up to two minutes wherever files cannot be appended to."""
+        writer = self._training.get_tensorboard_writer()
+        if writer is not None:
+            writer.flush()
 
     def _agreed(self, leaves: bool) -> bool:
         """Whether to leave is asked again after a recovery, and by then the time may be up. Whoever was told to stay

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import RunFile
 from tests.frameworks.megatron_lm_job import BY_SAMPLES, CHECKOUT, SHARDED, STEPS, kill, pretrain, write_corpus
 from tests.processes.conftest import Equal, Undisturbed, assert_only_what_is_broken_is_rebuilt
 from tests.processes.launcher import ROOT, Outcome, run, started
@@ -190,6 +191,24 @@ def test_every_step_is_in_the_board_once(tmp_path_factory: pytest.TempPathFactor
     board = event_accumulator.EventAccumulator(str(directory / "board"))
     board.Reload()
     assert [scalar.step for scalar in board.Scalars("lm loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_replaced_logging_rank_goes_on_with_the_same_run_of_wandb(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("wandb")
+    directory = tmp_path_factory.mktemp("run")
+    flags = ("--wandb-project", "test", "--wandb-exp-name", "test", "--wandb-save-dir", str(directory))
+    board = ("--tensorboard-dir", str(directory / "board"))
+    kills = (kill(7, 3, "backward"), kill(2, 4, "forward"), kill(7, 6, "between"), kill(7, 8, "optimizer"))
+    job = pretrain(*SHARDED, *board, *flags, injections=kills)
+    job.environment["WANDB_MODE"] = "offline"
+    outcome = run(job, directory / "run", timeout=240)
+    assert outcome.exit_code == 0, outcome.said
+    files = sorted(directory.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 4
+    assert len({file.name for file in files}) == 1
+    rows = [row for file in files for row in RunFile(file).rows()]
+    logged = [row.step.num for row in rows if any(list(item.nested_key) == ["lm loss"] for item in row.item)]
+    assert sorted(logged) == list(range(1, STEPS + 1))
 
 
 def test_without_the_flag_nothing_of_ours_changes_the_run(undisturbed: Undisturbed) -> None:

@@ -26,6 +26,7 @@ from megatron_flashrecovery.adapters.megatron_lm.early_losses import EarlyLosses
 from megatron_flashrecovery.adapters.megatron_lm.loop_position import LoopPosition
 from megatron_flashrecovery.adapters.megatron_lm.loop_state import LoopState, hook, is_hooked
 from megatron_flashrecovery.adapters.megatron_lm.session_seam import LoopSession
+from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import WandbRows
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.runtime.framework import StepRecord
 
@@ -48,6 +49,7 @@ class Loop:
         self._framework: MegatronFramework
         self._position: LoopPosition
         self._early_losses = EarlyLosses(session)
+        self._rows = WandbRows(session, lambda: training.get_wandb_writer())
         self._everyone_trains = False
         self._checkpoint = 0
         self._is_saving = False
@@ -110,6 +112,7 @@ class Loop:
             return results.to_record(result, bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True)))
 
         is_answered = self._position.step > step
+        self._rows.settle()
         record = self._session.run_step(step, call)
         self._calls_behind.clear()
         if is_answered and record.skipped and self._position.was_hooked:
@@ -143,8 +146,8 @@ class Loop:
             return None
         self._calls_behind[name] += 1
         put_back = self._snapshot(self._position.calculated_for)
-        occurrence = self._calls_behind[name]
-        call = BetweenSteps(self._session, self._training, self._position, name, occurrence, put_back)
+        which = (name, self._calls_behind[name])
+        call = BetweenSteps(self._session, self._training, self._position, self._rows, which, put_back)
         result = call.make(original, *args, **named)
         self._is_saving = self._is_saving or name == "save_checkpoint"
         self._note_checkpoint()
@@ -165,6 +168,7 @@ class Loop:
 
     def finish(self) -> None:
         """``pretrain`` is over."""
+        self._rows.settle()
         if self._session.has_entered:
             self._session.finish(self._framework.state_sha256())
 

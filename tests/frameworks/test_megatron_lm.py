@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.processes.launcher import ROOT, Outcome, run, started
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no checkout of Megatron-LM")
 
 UNTIL_TOLD = ("--save-interval", "1000", "--exit-signal-handler")
+IN_BACKGROUND = ("--async-save", "--use-persistent-ckpt-worker")
 STAND_IN = "megatron_flashrecovery.testing.cpu_"
 CORPORA = {"few": 12, "many": 40}
 """Documents of each."""
@@ -127,6 +129,70 @@ def test_a_checkpoint_written_in_spite_of_a_loss_is_one_to_start_from(
     assert [line.step for line in again.steps] == [10, 11, 12]
 
 
+def test_a_save_in_the_background_is_cut_short_by_a_loss_and_the_next_one_is_whole(
+    tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed
+) -> None:
+    """Ranks are killed while that of step 3 is written: it begins again, and is given up. Who wrote it is really gone:
+    nobody comes through the gate when it opens. What is written then is what is written without a loss."""
+    directory = tmp_path_factory.mktemp("run")
+    saved, gate = directory / "checkpoints", directory / "gate"
+    steady = (*SHARDED, "--lr-decay-iters", "20")
+    calm = undisturbed(pretrain(*steady, "--train-iters", "12"))
+    kills = (kill(5, 4, "backward"), kill(0, 5, "optimizer"))
+    job = pretrain(*steady, *IN_BACKGROUND, "--save", str(saved), "--save-interval", "3", injections=kills)
+    job.environment["HOLD_WRITERS"] = str(gate)
+    with started(job, directory / "run") as running:
+        running.wait_for(lambda: running.count("Resume") == 2, "two recoveries", 100.0)
+        assert not (saved / "latest_checkpointed_iteration.txt").exists()
+        workers = running.all_pids()
+        gate.touch()
+        said, _ = running.process.communicate(timeout=120)
+    outcome = Outcome(directory / "run", running.process.returncode, said)
+    assert outcome.exit_code == 0, outcome.said
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [(5,), (0,)]
+    assert outcome.results() == calm.results()[:STEPS]
+    assert said.count("the save of step 3 was cut short; there is no checkpoint yet") == 2
+    told = [line.split() for line in (directory / "writers").read_text().splitlines()]
+    began = [(int(group), path) for word, group, path in told if word == "begin" and "iter_0000003" in path]
+    assert len(began) > len({path for _, path in began}), "the save of step 3 began again"
+    assert {group for group, _ in began} == set(workers) - {workers[-1]}
+    assert not [path for word, _, path in told if word == "end" and "iter_0000003" in path]
+    assert (saved / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+    assert outcome.journal("CheckpointWritten")[-1].body["step"] == STEPS
+    calmly = directory / "calmly"
+    assert run(pretrain(*steady, "--save", str(calmly), "--save-interval", "9"), directory / "calm").exit_code == 0
+    restarts = [
+        run(
+            pretrain(*steady, "--train-iters", "12", "--load", str(path), "--no-load-optim"),
+            directory / f"{path.name}-on",
+        )
+        for path in (saved, calmly)
+    ]
+    assert [line.step for line in restarts[0].steps] == [10, 11, 12]
+    assert restarts[0].results() == restarts[1].results()
+
+
+@pytest.mark.parametrize("function", ["save_state_dict_async_finalize", "maybe_finalize_async_calls"])
+def test_a_loss_between_two_ranks_finalisations_leaves_a_whole_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed, function: str
+) -> None:
+    """At the end of training, before the marker is written and behind it: then it is not written again."""
+    directory = tmp_path_factory.mktemp("run")
+    saved = directory / "checkpoints"
+    steady = (*SHARDED, "--lr-decay-iters", "20")
+    calm = undisturbed(pretrain(*steady, "--train-iters", "12"))
+    job = pretrain(*steady, *IN_BACKGROUND, "--save", str(saved), "--save-interval", "9")
+    job.environment["DIE_IN"] = f"{function},{directory / 'died'}"
+    outcome = run(job, directory / "run", timeout=240)
+    assert outcome.exit_code == 0, outcome.said
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [(5,)]
+    assert outcome.results() == calm.results()[:STEPS]
+    assert ("is complete, and not written again" in outcome.said) == (function == "maybe_finalize_async_calls")
+    assert (saved / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+    again = run(pretrain(*steady, "--train-iters", "10", "--load", str(saved), "--no-load-optim"), directory / "again")
+    assert again.exit_code == 0, again.said
+
+
 @pytest.fixture(scope="session")
 def blend(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Two small corpora, each passed through several times."""
@@ -146,14 +212,16 @@ def test_kills_with_blended_data_of_several_epochs_change_no_bit(
     assert_equal(job, run(job, tmp_path_factory.mktemp("run") / "run", timeout=240))
 
 
+@pytest.mark.parametrize("how", [(), IN_BACKGROUND], ids=["at once", "background"])
 def test_a_job_that_is_told_to_end_writes_a_checkpoint_and_another_goes_on(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, how: tuple[str, ...]
 ) -> None:
     """Upstream's own way to leave: the ranks agree that one of them was told to, save, and end."""
     directory = tmp_path_factory.mktemp("run")
     saved = directory / "checkpoints"
     steady = (*SHARDED, "--lr-decay-iters", "100", "--train-iters", "100")
-    with started(pretrain(*steady, "--save", str(saved), *UNTIL_TOLD), directory / "run") as running:
+    job = replace(pretrain(*steady, *how, "--save", str(saved), *UNTIL_TOLD), flags=("--shutdown-timeout", "120"))
+    with started(job, directory / "run") as running:
         running.wait_for(lambda: running.steps_done() > 2, "some steps")
         os.kill(running.pids()[3], signal.SIGKILL)
         running.wait_for(lambda: running.resumed_at() >= 0, "the recovery")

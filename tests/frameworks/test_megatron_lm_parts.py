@@ -98,10 +98,11 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(refusal: arguments.R
     name = refusal.flags.split()[0].removeprefix("--").replace("-", "_")
     if name == "check_weight_hash_across_dp_replicas_interval":
         assert refusal.applies(SimpleNamespace(**{name: 5}))
-    value = {"cuda_graph_impl": "local", "dataloader_type": "external"}.get(name, True)
-    arguments.check(SimpleNamespace())
+    value = {"cuda_graph_impl": "local", "dataloader_type": "external", "async_strategy": "nvrx"}.get(name, True)
+    beside = {"async_save": True, "ckpt_format": "torch_dist"} if name == "non_persistent_save_interval" else {}
+    arguments.check(SimpleNamespace(**beside))
     with pytest.raises(ConfigError, match=f"cannot be combined with {re.escape(refusal.flags)}: "):
-        arguments.check(SimpleNamespace(**{name: value}))
+        arguments.check(SimpleNamespace(**beside, **{name: value}))
 
 
 def test_the_check_of_a_checkout_looks_for_what_the_hooks_replace() -> None:

@@ -155,6 +155,10 @@ def _wrap_pretrain(module: ModuleType) -> None:
             if _loop is not None and leaving.code in (None, 0):
                 _loop.finish()
             raise
+        except BaseException:
+            if _loop is not None:
+                _loop.give_up()
+            raise
         if _loop is not None:
             _loop.finish()
         return result

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron_flashrecovery.adapters.megatron.framework import MegatronFramework
 from megatron_flashrecovery.adapters.megatron.seams import install_seams
 from megatron_flashrecovery.adapters.megatron_lm import results
+from megatron_flashrecovery.adapters.megatron_lm.async_saves import AsyncSaves
 from megatron_flashrecovery.adapters.megatron_lm.between_steps import BetweenSteps
 from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved
 from megatron_flashrecovery.adapters.megatron_lm.data import Data
@@ -49,6 +50,7 @@ class Loop:
         self._framework: MegatronFramework
         self._position: LoopPosition
         self._early_losses = EarlyLosses(session)
+        self._saves = AsyncSaves(session, args)
         self._rows = WandbRows(session, lambda: training.get_wandb_writer())
         self._everyone_trains = False
         self._checkpoint = 0
@@ -78,7 +80,7 @@ class Loop:
         self._model, self._optimizer, self._config = model, optimizer, config
         first = Step(self._args.iteration)
         self._position = LoopPosition(self._args, self._data, first)
-        self._framework = MegatronFramework(model, optimizer, scheduler, self._position)
+        self._framework = MegatronFramework(model, optimizer, scheduler, self._position, self._saves.abandon)
         self._everyone_trains = _everyone_trains(model)
         self._session.attach(self._framework)
         is_joining = self._session.is_joining
@@ -139,6 +141,7 @@ class Loop:
             if name == "disable_forward_pre_hook":
                 self._param_sync = self._config.param_sync_func
             return original(*args, **named)
+        original = self._saves.around(name, original)
         if self._session.is_inside:
             self._is_saving = self._is_saving or name == "save_checkpoint"
             return original(*args, **named)
@@ -149,7 +152,7 @@ class Loop:
         which = (name, self._calls_behind[name])
         call = BetweenSteps(self._session, self._training, self._position, self._rows, which, put_back)
         result = call.make(original, *args, **named)
-        self._is_saving = self._is_saving or name == "save_checkpoint"
+        self._is_saving = self._is_saving or name == "save_checkpoint" or self._saves.take_news()
         self._note_checkpoint()
         return result
 
@@ -171,6 +174,10 @@ class Loop:
         self._rows.settle()
         if self._session.has_entered:
             self._session.finish(self._framework.state_sha256())
+
+    def give_up(self) -> None:
+        """``pretrain`` has failed, and this process ends."""
+        self._saves.give_up()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

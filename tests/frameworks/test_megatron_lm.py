@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
@@ -172,7 +171,7 @@ def test_a_save_in_the_background_is_cut_short_by_a_loss_and_the_next_one_is_who
     assert restarts[0].results() == restarts[1].results()
 
 
-@pytest.mark.parametrize("function", ["save_state_dict_async_finalize", "maybe_finalize_async_calls"])
+@pytest.mark.parametrize("function", ["sync_all_async_calls", "maybe_finalize_async_calls"])
 def test_a_loss_between_two_ranks_finalisations_leaves_a_whole_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed, function: str
 ) -> None:
@@ -212,16 +211,14 @@ def test_kills_with_blended_data_of_several_epochs_change_no_bit(
     assert_equal(job, run(job, tmp_path_factory.mktemp("run") / "run", timeout=240))
 
 
-@pytest.mark.parametrize("how", [(), IN_BACKGROUND], ids=["at once", "background"])
 def test_a_job_that_is_told_to_end_writes_a_checkpoint_and_another_goes_on(
-    tmp_path_factory: pytest.TempPathFactory, how: tuple[str, ...]
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Upstream's own way to leave: the ranks agree that one of them was told to, save, and end."""
     directory = tmp_path_factory.mktemp("run")
     saved = directory / "checkpoints"
     steady = (*SHARDED, "--lr-decay-iters", "100", "--train-iters", "100")
-    job = replace(pretrain(*steady, *how, "--save", str(saved), *UNTIL_TOLD), flags=("--shutdown-timeout", "120"))
-    with started(job, directory / "run") as running:
+    with started(pretrain(*steady, "--save", str(saved), *UNTIL_TOLD), directory / "run") as running:
         running.wait_for(lambda: running.steps_done() > 2, "some steps")
         os.kill(running.pids()[3], signal.SIGKILL)
         running.wait_for(lambda: running.resumed_at() >= 0, "the recovery")

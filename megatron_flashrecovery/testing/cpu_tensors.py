@@ -30,6 +30,9 @@ def patched_tensor_methods() -> dict[str, Callable[..., Any]]:
     plain_to, plain_type = torch.Tensor.to, torch.Tensor.type
 
     def to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if options.get("non_blocking") and "cpu" in (*map(str, args[:1]), str(options.get("device"))):
+            # From a device this is a copy, and whoever asks for it so goes on changing the original.
+            options["copy"] = True
         # A bare number as first argument of ``to`` is a device index.
         args = tuple(on_cpu(argument) if index == 0 else argument for index, argument in enumerate(args))
         if "device" in options:

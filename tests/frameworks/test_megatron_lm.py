@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import RunFile
 from tests.frameworks.corpus import write_corpus
 from tests.frameworks.megatron_lm_features import (
     CONTEXT,
@@ -29,6 +30,7 @@ from tests.processes.matrix import MOMENTS, assert_changes_no_bit, kill
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no checkout of Megatron-LM")
 
 UNTIL_TOLD = ("--save-interval", "1000", "--exit-signal-handler")
+IN_BACKGROUND = ("--async-save", "--use-persistent-ckpt-worker")
 STAND_IN = "megatron_flashrecovery.testing.cpu_"
 CORPORA = {"few": 12, "many": 40}
 """Documents of each."""
@@ -94,6 +96,70 @@ def test_a_checkpoint_written_in_spite_of_a_loss_is_one_to_start_from(
     assert [line.step for line in again.steps] == [10, 11, 12]
 
 
+def test_a_save_in_the_background_is_cut_short_by_a_loss_and_the_next_one_is_whole(
+    tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed
+) -> None:
+    """Ranks are killed while that of step 3 is written: it begins again, and is given up. Who wrote it is really gone:
+    nobody comes through the gate when it opens. What is written then is what is written without a loss."""
+    directory = tmp_path_factory.mktemp("run")
+    saved, gate = directory / "checkpoints", directory / "gate"
+    steady = (*SHARDED, "--lr-decay-iters", "20")
+    calm = undisturbed(pretrain(*steady, "--train-iters", "12"))
+    kills = (kill(5, 4, "backward"), kill(0, 5, "optimizer"))
+    job = pretrain(*steady, *IN_BACKGROUND, "--save", str(saved), "--save-interval", "3", injections=kills)
+    job.environment["HOLD_WRITERS"] = str(gate)
+    with started(job, directory / "run") as running:
+        running.wait_for(lambda: running.count("Resume") == 2, "two recoveries", 100.0)
+        assert not (saved / "latest_checkpointed_iteration.txt").exists()
+        workers = running.all_pids()
+        gate.touch()
+        said, _ = running.process.communicate(timeout=120)
+    outcome = Outcome(directory / "run", running.process.returncode, said)
+    assert outcome.exit_code == 0, outcome.said
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [(5,), (0,)]
+    assert outcome.results() == calm.results()[:STEPS]
+    assert said.count("the save of step 3 was cut short; there is no checkpoint yet") == 2
+    told = [line.split() for line in (directory / "writers").read_text().splitlines()]
+    began = [(int(group), path) for word, group, path in told if word == "begin" and "iter_0000003" in path]
+    assert len(began) > len({path for _, path in began}), "the save of step 3 began again"
+    assert {group for group, _ in began} == set(workers) - {workers[-1]}
+    assert not [path for word, _, path in told if word == "end" and "iter_0000003" in path]
+    assert (saved / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+    assert outcome.journal("CheckpointWritten")[-1].body["step"] == STEPS
+    calmly = directory / "calmly"
+    assert run(pretrain(*steady, "--save", str(calmly), "--save-interval", "9"), directory / "calm").exit_code == 0
+    restarts = [
+        run(
+            pretrain(*steady, "--train-iters", "12", "--load", str(path), "--no-load-optim"),
+            directory / f"{path.name}-on",
+        )
+        for path in (saved, calmly)
+    ]
+    assert [line.step for line in restarts[0].steps] == [10, 11, 12]
+    assert restarts[0].results() == restarts[1].results()
+
+
+@pytest.mark.parametrize("function", ["sync_all_async_calls", "maybe_finalize_async_calls"])
+def test_a_loss_between_two_ranks_finalisations_leaves_a_whole_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed, function: str
+) -> None:
+    """At the end of training, before the marker is written and behind it: then it is not written again."""
+    directory = tmp_path_factory.mktemp("run")
+    saved = directory / "checkpoints"
+    steady = (*SHARDED, "--lr-decay-iters", "20")
+    calm = undisturbed(pretrain(*steady, "--train-iters", "12"))
+    job = pretrain(*steady, *IN_BACKGROUND, "--save", str(saved), "--save-interval", "9")
+    job.environment["DIE_IN"] = f"{function},{directory / 'died'}"
+    outcome = run(job, directory / "run", timeout=240)
+    assert outcome.exit_code == 0, outcome.said
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [(5,)]
+    assert outcome.results() == calm.results()[:STEPS]
+    assert ("is complete, and not written again" in outcome.said) == (function == "maybe_finalize_async_calls")
+    assert (saved / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+    again = run(pretrain(*steady, "--train-iters", "10", "--load", str(saved), "--no-load-optim"), directory / "again")
+    assert again.exit_code == 0, again.said
+
+
 @pytest.fixture(scope="session")
 def blend(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Two small corpora, each passed through several times."""
@@ -146,16 +212,36 @@ def test_a_job_that_is_told_to_end_writes_a_checkpoint_and_another_goes_on(
     assert [line.step for line in again.steps] == [last + 1]
 
 
-def test_every_step_is_in_the_board_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("environment", [{}, {"LAZY_BOARD": "1"}], ids=["appended", "kept until it is flushed"])
+def test_every_step_is_in_the_board_once(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     directory = tmp_path_factory.mktemp("run")
     kills = (*KILLS[:2], kill(7, 8, "between"))
     job = pretrain(*SHARDED, "--tensorboard-dir", str(directory / "board"), injections=kills)
+    job.environment.update(environment)
     outcome = run(job, directory / "run", timeout=240)
     assert outcome.exit_code == 0, outcome.said
     board = event_accumulator.EventAccumulator(str(directory / "board"))
     board.Reload()
     assert [scalar.step for scalar in board.Scalars("lm loss")] == list(range(1, STEPS + 1))
+
+
+def test_a_replaced_logging_rank_goes_on_with_the_same_run_of_wandb(tmp_path_factory: pytest.TempPathFactory) -> None:
+    pytest.importorskip("wandb")
+    directory = tmp_path_factory.mktemp("run")
+    flags = ("--wandb-project", "test", "--wandb-exp-name", "test", "--wandb-save-dir", str(directory))
+    board = ("--tensorboard-dir", str(directory / "board"))
+    kills = (kill(7, 3, "backward"), kill(2, 4, "forward"), kill(7, 6, "between"), kill(7, 8, "optimizer"))
+    job = pretrain(*SHARDED, *board, *flags, injections=kills)
+    job.environment["WANDB_MODE"] = "offline"
+    outcome = run(job, directory / "run", timeout=240)
+    assert outcome.exit_code == 0, outcome.said
+    files = sorted(directory.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 4
+    assert len({file.name for file in files}) == 1
+    rows = [row for file in files for row in RunFile(file).rows()]
+    logged = [row.step.num for row in rows if any(list(item.nested_key) == ["lm loss"] for item in row.item)]
+    assert sorted(logged) == list(range(1, STEPS + 1))
 
 
 def test_without_the_flag_nothing_of_ours_changes_the_run(undisturbed: Undisturbed) -> None:

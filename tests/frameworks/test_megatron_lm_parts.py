@@ -13,7 +13,9 @@ import torch
 from megatron_flashrecovery.adapters.megatron_lm import arguments, hooks, results
 from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved, use_newest
 from megatron_flashrecovery.adapters.megatron_lm.tape import Tape
+from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import NOTED, WandbRows, use_one_run
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.patching.megatron_lm import REPLACED
 
 
@@ -98,6 +100,7 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(refusal: arguments.R
         assert refusal.applies(SimpleNamespace(**{name: 5}))
     name = {"fp4_param_gather": "fp4_param"}.get(name, name)
     value = {
+        "async_strategy": "nvrx",
         "cuda_graph_impl": "local",
         "dataloader_type": "external",
         "exp_avg_dtype": torch.uint8,
@@ -107,10 +110,11 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(refusal: arguments.R
     beside = {
         "use_transformer_engine_op_fuser": {"fp8": "hybrid"},
         "exp_avg_dtype": {"use_precision_aware_optimizer": True},
-    }
-    arguments.check(SimpleNamespace())
+        "non_persistent_save_interval": {"async_save": True, "ckpt_format": "torch_dist"},
+    }.get(name, {})
+    arguments.check(SimpleNamespace(**beside))
     with pytest.raises(ConfigError, match=f"cannot be combined with {re.escape(refusal.flags)}: "):
-        arguments.check(SimpleNamespace(**{name: value}, **beside.get(name, {})))
+        arguments.check(SimpleNamespace(**beside, **{name: value}))
 
 
 def test_the_check_of_a_checkout_looks_for_what_the_hooks_replace() -> None:
@@ -124,3 +128,42 @@ def test_a_fall_back_starts_from_what_the_run_has_saved(tmp_path: Any) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
     use_newest(args)
     assert (newest_saved(args.save), args.load, args.finetune) == (12, args.save, False)
+
+
+def test_all_processes_of_a_job_log_one_run_of_wandb_and_the_user_may_name_it() -> None:
+    first: dict[str, str] = {}
+    use_one_run("token", first)
+    again, other, named = {}, {}, {"WANDB_RUN_ID": "mine"}
+    use_one_run("token", again)
+    use_one_run("another", other)
+    use_one_run("token", named)
+    assert again == first
+    assert first["WANDB_RESUME"] == "allow"
+    assert other["WANDB_RUN_ID"] != first["WANDB_RUN_ID"]
+    assert "token" not in first["WANDB_RUN_ID"]
+    assert (named["WANDB_RUN_ID"], named["WANDB_RESUME"]) == ("mine", "allow")
+
+
+class FakeWandb:
+    def __init__(self, path: str) -> None:
+        self.run = SimpleNamespace(settings=SimpleNamespace(sync_file=path))
+        self.said: list[Any] = []
+        self.log = lambda data, step=None, commit=None: self.said.append((data, step, commit))
+
+
+def test_a_report_is_in_wandb_only_when_its_row_is_over(tmp_path: Any) -> None:
+    noted: list[Any] = []
+    wandb = FakeWandb(str(tmp_path / "none"))
+    rows = WandbRows(SimpleNamespace(note_reported=lambda name, step: noted.append((name, step))), lambda: wandb)
+    for _report in range(2):
+        rows.watch()
+    wandb.log({"loss": 1.0}, 3)
+    rows.reported("training_log#1", Step(3))
+    assert noted == []
+    rows.settle()
+    assert wandb.said == [({"loss": 1.0}, 3, None), ({}, 3, True)]
+    assert noted == [(NOTED + "training_log#1", 3)]
+    rows.reported("training_log#1", Step(4))
+    rows.settle()
+    assert len(wandb.said) == 2, "a step without a row gets none"
+    assert noted[1:] == [(NOTED + "training_log#1", 4)]

@@ -109,6 +109,10 @@ class Running:
             found[int(line.body["rank"])] = int(line.body["pid"])
         return found
 
+    def all_pids(self) -> list[int]:
+        """Of every process so far, in the order in which they were started."""
+        return [int(line.body["pid"]) for line in self._journal("WorkerStarted")]
+
     def steps_done(self) -> int:
         path = self.log_dir / "steps.jsonl"
         return len(path.read_bytes().splitlines()) if path.exists() else 0

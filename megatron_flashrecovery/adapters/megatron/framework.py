@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from megatron_flashrecovery.state.pieces import TensorPiece, Value
 
 
 class MegatronFramework:
-    """Implements ``runtime.framework.Framework``."""
+    """Implements ``runtime.framework.Framework``. ``abandon`` is called whenever a partial step is discarded."""
 
     name = "megatron"
 
@@ -35,6 +35,7 @@ class MegatronFramework:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         position: Position,
+        abandon: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = list(model)
         self._optimizer = OptimizerState(optimizer, model)
@@ -49,6 +50,7 @@ class MegatronFramework:
         self._random = RandomState()
         self.partial_step = PartialStep(model, optimizer)
         self._position = position
+        self._abandon = abandon
         self._optimizer.materialise()
         self._pieces = [*self._model_state.pieces(), *self._optimizer.pieces()]
         refuse_other_tensors(self._pieces)
@@ -103,6 +105,7 @@ class MegatronFramework:
 
     def discard_partial_step(self) -> None:
         self.partial_step.discard()
+        self._abandon()
 
     @torch.no_grad()
     def gather_parameters(self) -> None:

@@ -84,7 +84,21 @@ REFUSALS: Sequence[Refusal] = (
         lambda args: getattr(args, "dataloader_type", None) == "external",
     ),
     _refuse("--iterations-to-skip", "a skipped iteration is no step, and nobody has a copy of what it leaves"),
-    _refuse("--async-save", "a replacement does not know of the save that is under way"),
+    Refusal(
+        "--async-save with another --ckpt-format than torch_dist",
+        "its writers are not known to recovery",
+        lambda args: getattr(args, "async_save", False) and getattr(args, "ckpt_format", None) != "torch_dist",
+    ),
+    Refusal(
+        "--async-strategy nvrx",
+        "its writers have not been tried with recovery: use --async-strategy mcore",
+        lambda args: getattr(args, "async_strategy", "mcore") != "mcore",
+    ),
+    Refusal(
+        "--non-persistent-save-interval with --async-save",
+        "whether such a save is complete is not known to recovery",
+        lambda args: getattr(args, "async_save", False) and bool(getattr(args, "non_persistent_save_interval", None)),
+    ),
     _refuse("--ckpt-assume-constant-structure", "a replacement does not know what the first save has agreed on"),
     _refuse("--phase-transition-iterations", "where a phase begins in its data is not known to a replacement"),
     _refuse("--multiple-validation-sets", "their positions are not known to a replacement"),

@@ -12,10 +12,11 @@ import torch
 from megatron_flashrecovery.adapters.megatron_lm.loop_position import LoopPosition
 from megatron_flashrecovery.adapters.megatron_lm.loop_state import copy_of_sums
 from megatron_flashrecovery.adapters.megatron_lm.session_seam import LoopSession
+from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import NOTED, WandbRows
 
 LOG, EVALUATE, EXIT = "training_log", "evaluate_and_print_results", "checkpoint_and_decide_exit"
 REPORTS = frozenset({LOG, EVALUATE})
-_OUTPUTS = ("print_rank_last", "get_tensorboard_writer", "get_wandb_writer")
+_PRINT, _BOARD, _WANDB = "print_rank_last", "get_tensorboard_writer", "get_wandb_writer"
 _TOTAL_LOSSES = 1
 """Place of the loop's sums among the arguments of ``training_log``."""
 _FLOPS = 4
@@ -23,26 +24,28 @@ _FLOPS = 4
 
 
 class BetweenSteps:
-    """``occurrence`` counts the calls of this name behind the same step. ``put_back`` gives the loop what it had in its
-    hands right before this call."""
+    """``call`` is the name of the function, and which of the calls of this name behind the same step it is.
+    ``put_back`` gives the loop what it had in its hands right before this call."""
 
     def __init__(
         self,
         session: LoopSession,
         training: ModuleType,
         position: LoopPosition,
-        name: str,
-        occurrence: int,
+        rows: WandbRows,
+        call: tuple[str, int],
         put_back: Callable[[], None],
     ) -> None:
         self._session = session
         self._training = training
         self._position = position
-        self._name = name
-        self._key = f"{name}#{occurrence}"
+        self._rows = rows
+        self._name, occurrence = call
+        self._key = f"{self._name}#{occurrence}"
         self._put_back = put_back
         self._step = position.step
         self._is_told = self._step <= session.reported.get(self._key, 0)
+        self._is_in_wandb = self._step <= session.reported.get(NOTED + self._key, 0)
         self._delivered: bool | None = None
 
     def make(self, original: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -56,9 +59,11 @@ class BetweenSteps:
         def first() -> Any:
             if self._name == EXIT:
                 self._position.flops = args[_FLOPS]
+            if self._name in REPORTS:
+                self._rows.watch()
             with self._quiet() if self._is_told and self._name in REPORTS else nullcontext():
                 result = original(*args, **named)
-            self._is_told = True
+            self._is_told = self._is_in_wandb = True
             return self._agreed(result) if self._name == EXIT else result
 
         def again() -> Any:
@@ -71,8 +76,17 @@ class BetweenSteps:
         result = self._session.guard(self._name, first, again)
         self._delivered = result if self._name == EXIT else None
         if self._name in REPORTS and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            self._flush_board()
             self._session.note_reported(self._key, self._step)
+            self._rows.reported(self._key, self._step)
         return result
+
+    def _flush_board(self) -> None:
+        """A replacement does not write again what is noted, so it must not die with this process. Upstream flushes at
+        the end only; TensorBoard keeps it for up to two minutes wherever files cannot be appended to."""
+        writer = self._training.get_tensorboard_writer()
+        if writer is not None:
+            writer.flush()
 
     def _agreed(self, leaves: bool) -> bool:
         """Whether to leave is asked again after a recovery, and by then the time may be up. Whoever was told to stay
@@ -87,15 +101,26 @@ class BetweenSteps:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        """What has been told is not told again."""
-        before = {name: getattr(self._training, name) for name in _OUTPUTS}
-        for name in _OUTPUTS:
-            setattr(self._training, name, _nothing)
+        """What has been told is not told again. Where only W&B has lost it, upstream must find a board to write it."""
+        mute: dict[str, Callable[..., Any]] = {_PRINT: _nothing, _BOARD: _nothing, _WANDB: _nothing}
+        if not self._is_in_wandb:
+            del mute[_WANDB]
+            mute[_BOARD] = _Deaf
+        before = {name: getattr(self._training, name) for name in mute}
+        for name, function in mute.items():
+            setattr(self._training, name, function)
         try:
             yield
         finally:
             for name, function in before.items():
                 setattr(self._training, name, function)
+
+
+class _Deaf:
+    """A board that nothing comes to be written on."""
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return _nothing
 
 
 def _nothing(*_args: Any, **_named: Any) -> None:

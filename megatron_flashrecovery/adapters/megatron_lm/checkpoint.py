@@ -19,6 +19,11 @@ def newest_saved(directory: str) -> Step:
     return Step(int(text)) if text.isdigit() else Step(0)
 
 
+def directory_of(save: str, step: Step) -> Path:
+    """Where the checkpoint of that step is written."""
+    return Path(save) / f"iter_{step:07d}"
+
+
 def use_newest(args: Any) -> None:
     """After a fall-back: what this run has saved, with everything in it, whatever it was told to start from."""
     if args.save and newest_saved(args.save):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import wrapt
 
 from megatron_flashrecovery.adapters.megatron_lm.arguments import add_arguments, check
 from megatron_flashrecovery.adapters.megatron_lm.checkpoint import use_newest
+from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import use_one_run
 from megatron_flashrecovery.core.errors import SeamChanged
 from megatron_flashrecovery.runtime.seat import taken_seat
 from megatron_flashrecovery.runtime.session import Session
@@ -96,6 +98,9 @@ def _begin(args: Any) -> None:
         _session.install_groups()
         if _session.must_load:
             use_newest(args)
+        seat, _channel = taken_seat()
+        if getattr(args, "wandb_project", "") and seat.rank == seat.world_size - 1:
+            use_one_run(seat.token, os.environ)
 
 
 def _hook_training(module: ModuleType) -> None:
@@ -149,6 +154,10 @@ def _wrap_pretrain(module: ModuleType) -> None:
         except SystemExit as leaving:
             if _loop is not None and leaving.code in (None, 0):
                 _loop.finish()
+            raise
+        except BaseException:
+            if _loop is not None:
+                _loop.give_up()
             raise
         if _loop is not None:
             _loop.finish()

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron_flashrecovery.adapters.megatron.framework import MegatronFramework
 from megatron_flashrecovery.adapters.megatron.seams import install_seams
 from megatron_flashrecovery.adapters.megatron_lm import results
+from megatron_flashrecovery.adapters.megatron_lm.async_saves import AsyncSaves
 from megatron_flashrecovery.adapters.megatron_lm.between_steps import BetweenSteps
 from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved
 from megatron_flashrecovery.adapters.megatron_lm.data import Data
@@ -26,6 +27,7 @@ from megatron_flashrecovery.adapters.megatron_lm.early_losses import EarlyLosses
 from megatron_flashrecovery.adapters.megatron_lm.loop_position import LoopPosition
 from megatron_flashrecovery.adapters.megatron_lm.loop_state import LoopState, hook, is_hooked
 from megatron_flashrecovery.adapters.megatron_lm.session_seam import LoopSession
+from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import WandbRows
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.runtime.framework import StepRecord
 
@@ -48,6 +50,8 @@ class Loop:
         self._framework: MegatronFramework
         self._position: LoopPosition
         self._early_losses = EarlyLosses(session)
+        self._saves = AsyncSaves(session, args)
+        self._rows = WandbRows(session, lambda: training.get_wandb_writer())
         self._everyone_trains = False
         self._checkpoint = 0
         self._is_saving = False
@@ -76,7 +80,7 @@ class Loop:
         self._model, self._optimizer, self._config = model, optimizer, config
         first = Step(self._args.iteration)
         self._position = LoopPosition(self._args, self._data, first)
-        self._framework = MegatronFramework(model, optimizer, scheduler, self._position)
+        self._framework = MegatronFramework(model, optimizer, scheduler, self._position, self._saves.abandon)
         self._everyone_trains = _everyone_trains(model)
         self._session.attach(self._framework)
         is_joining = self._session.is_joining
@@ -110,6 +114,7 @@ class Loop:
             return results.to_record(result, bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True)))
 
         is_answered = self._position.step > step
+        self._rows.settle()
         record = self._session.run_step(step, call)
         self._calls_behind.clear()
         if is_answered and record.skipped and self._position.was_hooked:
@@ -136,6 +141,7 @@ class Loop:
             if name == "disable_forward_pre_hook":
                 self._param_sync = self._config.param_sync_func
             return original(*args, **named)
+        original = self._saves.around(name, original)
         if self._session.is_inside:
             self._is_saving = self._is_saving or name == "save_checkpoint"
             return original(*args, **named)
@@ -143,10 +149,10 @@ class Loop:
             return None
         self._calls_behind[name] += 1
         put_back = self._snapshot(self._position.calculated_for)
-        occurrence = self._calls_behind[name]
-        call = BetweenSteps(self._session, self._training, self._position, name, occurrence, put_back)
+        which = (name, self._calls_behind[name])
+        call = BetweenSteps(self._session, self._training, self._position, self._rows, which, put_back)
         result = call.make(original, *args, **named)
-        self._is_saving = self._is_saving or name == "save_checkpoint"
+        self._is_saving = self._is_saving or name == "save_checkpoint" or self._saves.take_news()
         self._note_checkpoint()
         return result
 
@@ -165,8 +171,13 @@ class Loop:
 
     def finish(self) -> None:
         """``pretrain`` is over."""
+        self._rows.settle()
         if self._session.has_entered:
             self._session.finish(self._framework.state_sha256())
+
+    def give_up(self) -> None:
+        """``pretrain`` has failed, and this process ends."""
+        self._saves.give_up()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from megatron_flashrecovery.core.phases import Training
 from megatron_flashrecovery.core.staffing import fall_back, fence, halt, open_epoch
 
 _SHOWN = 4
+_SURE_AFTER = 60.0
+"""Seconds: to go back once costs next to nothing, but a network that stumbles twice must not end the job."""
 
 
 def note_hangs(job: Job, event: RanksHung, now: float) -> list[Command]:
@@ -52,6 +54,8 @@ def check_hangs(job: Job, now: float) -> list[Command]:
     step = max(event.step for event in hangs.told.values())
     why = f"every rank waits for another in step {step}: {describe(waiting, job.seats.members_of)}"
     if step in job.deadlocks:
+        if now < hangs.since + min(_SURE_AFTER, job.config.hang_timeout):
+            return []
         return halt(job, f"{why}; again after all went back once, so it is the script's")
     job.deadlocks.add(step)
     return open_epoch(job, {}, why, now)

@@ -80,7 +80,7 @@ def judge(readings: Mapping[Rank, Reading], now: float, pace: Pace, not_before: 
         stretch = now - max(reading.since, not_before)
         limit = pace.limit(reading.doing, reading.longest, reading.seen)
         before = f"the longest before took {reading.longest:.1f} s" if reading.seen else "it never came here before"
-        if silent > (pause := pace.limit("", reading.longest_pause, reading.seen)):
+        if silent > (pause := pace.limit(reading.doing, reading.longest_pause, reading.seen)):
             hung[rank] = f"none of its threads has run for {silent:.1f} s in {reading.doing} (limit {pause:.1f} s)"
         elif stretch > limit and not reading.where:
             hung[rank] = f"it has computed for {stretch:.1f} s in {reading.doing}, {before} (limit {limit:.1f} s)"

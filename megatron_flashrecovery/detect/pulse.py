@@ -52,8 +52,7 @@ class Pulse:
         self._inside: dict[int, bytes] = {}
         self._last_beat = 0.0
         self._longest_pause = 0.0
-        self.held = False
-        """While the job stops and recovers, which has no usual duration."""
+        self._is_held = False
 
     def beat(self) -> None:
         now = self._clock()
@@ -81,6 +80,15 @@ class Pulse:
         """From here on nothing takes a usual time."""
         self._turn("", self._step, b"")
 
+    def hold(self) -> None:
+        """The job stops and recovers, which has no usual duration."""
+        self._is_held = True
+
+    def release(self) -> None:
+        """It goes on. What comes first may take longer than usual, for instance where connections are made."""
+        self._is_held = False
+        self._ended.clear()
+
     def enter(self, group: str, operation: str) -> None:
         """This thread waits for others in an operation from here on; a group of none is something else to wait for."""
         key = (group, operation)
@@ -98,7 +106,7 @@ class Pulse:
         now = self._clock()
         kind = (self._doing, bool(self._where))
         stretch = now - self._since
-        if not self.held and stretch > self._longest.get(kind, 0.0):
+        if not self._is_held and stretch > self._longest.get(kind, 0.0):
             self._longest[kind] = stretch
         self._doing, self._step, self._where, self._since = doing, step, where, now
         self._number += 1

@@ -92,7 +92,8 @@ class ParkingLot:
     def stop(self) -> None:
         """From now on every thread stands before its next operation. A plan that was not begun is void."""
         with self._changed:
-            self._stopping, self._executing, self._pulse.held = True, False, True
+            self._pulse.hold()
+            self._stopping, self._executing = True, False
             self._stopped_since = time.monotonic()
             self._go, self._answering, self._plan, self._matches = False, False, None, ()
             self._answers.clear()
@@ -120,7 +121,8 @@ class ParkingLot:
 
     def resume(self) -> None:
         with self._changed:
-            self._stopping = self._executing = self._pulse.held = False
+            self._pulse.release()
+            self._stopping = self._executing = False
             self._changed.notify_all()
 
     def release(self) -> None:

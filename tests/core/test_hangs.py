@@ -76,7 +76,8 @@ def test_the_second_time_in_the_same_step_it_is_a_bug_of_the_script():
     job = training_job()
     job.deadlocks.add(Step(7))
     play(job, told(A, waiting=[0, 1]), told(B, waiting=[2, 3]), now=10.0)
-    (stop,) = play(job, ClockTicked(), now=11.0)
+    assert play(job, ClockTicked(), now=11.0) == []
+    (stop,) = play(job, ClockTicked(), now=70.0)
     assert isinstance(stop, Stop)
     assert "again after all went back once" in stop.reason
 

@@ -78,13 +78,26 @@ def test_what_a_recovery_takes_is_not_usual(page, clock):
     pulse.begin(Step(0))
     with pulse.doing("a step", Step(1)):
         clock.now += 1.0
-        pulse.held = True
+        pulse.hold()
         pulse.enter("world#0", "barrier")
         clock.now += 50.0
         pulse.leave()
-        pulse.held = False
+        pulse.release()
         pulse.enter("world#0", "barrier")
         assert reader.read().longest == 0.0
+
+
+def test_behind_a_recovery_nothing_has_a_usual_duration_yet(page, clock):
+    pulse, reader = page
+    pulse.beat()
+    pulse.begin(Step(0))
+    for step in range(5):
+        with pulse.doing("a step", Step(step)):
+            clock.now += 1.0
+    pulse.hold()
+    pulse.release()
+    with pulse.doing("a step", Step(6)):
+        assert (reader.read().seen, reader.read().longest) == (0, 1.0)
 
 
 def test_an_exception_leaves_what_was_done_when_it_came(page):

@@ -216,7 +216,7 @@ def test_what_cannot_be_copied_is_refused_at_the_start(args, named):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("optimizer", ["overlap", "plain"])
+@pytest.mark.parametrize("optimizer", ["overlap", pytest.param("plain", marks=pytest.mark.slow)])
 def test_kills_with_modules_and_an_optimizer_that_carry_state_change_no_bit(
     tmp_path: Path, assert_equal: Equal, optimizer: str
 ) -> None:

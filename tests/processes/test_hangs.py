@@ -14,7 +14,11 @@ SOON = ("--hang-timeout", "2")
 
 @pytest.mark.parametrize(
     ("kind", "evidence"),
-    [("stop", "none of its threads has run"), ("loop", "it has computed for"), ("gil", "none of its threads has run")],
+    [
+        ("stop", "none of its threads has run"),
+        ("loop", "it has computed for"),
+        pytest.param("gil", "none of its threads has run", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_hangs_is_replaced_and_no_bit_changes(
     tmp_path: Path, assert_equal: Equal, kind: str, evidence: str
@@ -31,7 +35,7 @@ def test_a_rank_that_hangs_is_replaced_and_no_bit_changes(
     assert ("injector.py" in words.body["stacks"]) == (kind != "stop")
 
 
-@pytest.mark.parametrize("kind", ["segv", "abort"])
+@pytest.mark.parametrize("kind", ["segv", pytest.param("abort", marks=pytest.mark.slow)])
 def test_who_dies_of_a_signal_says_where(tmp_path: Path, assert_equal: Equal, kind: str) -> None:
     job = Job(injections=(f"{kind}:rank=1,step=4,at=forward",))
     outcome = run(job, tmp_path / "run")
@@ -52,6 +56,7 @@ def test_the_same_exception_at_the_same_step_ends_the_job_at_the_second_time(tmp
     assert "the batch is empty" in outcome.journal("LastWords")[0].body["traceback"]
 
 
+@pytest.mark.slow
 def test_an_exception_of_all_ranks_does_not_go_on_for_ever(tmp_path: Path) -> None:
     outcome = run(Job(arguments=("--raise-at", "5")), tmp_path / "run")
     assert outcome.exit_code == 1

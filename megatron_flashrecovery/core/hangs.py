@@ -1,7 +1,8 @@
 """What is done about ranks that hang: a few are ended and replaced, all that wait for each other are sent back once.
 
 A hang of many at the same time is not theirs (a file system that stands still, a compiler): ending them would lose more
-than it helps, so they are left alone for as long as what was never timed may take.
+than it helps, so they are left alone for as long as what was never timed may take. Many: of those that do not wait for
+them, for whoever reads data hangs when the file system does, and all others wait.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ def note_hangs(job: Job, event: RanksHung, now: float) -> list[Command]:
     if not isinstance(job.phase, Training):
         return []
     hangs = job.hangs
-    if event.hung or event.waiting:
-        hangs.told[event.node] = event
-    else:
-        hangs.told.pop(event.node, None)
-    if not hangs.told:
-        hangs.since = None
-        hangs.is_excused = False
-    elif hangs.since is None:
-        hangs.since = now
+    before = hangs.hung.keys()
+    hangs.told[event.node] = event
+    hung = hangs.hung.keys()
+    if hung - before:
+        hangs.hung_since = now
+    if not hung:
+        hangs.hung_since = hangs.crowd_since = None
+    if not hangs.waiting:
+        hangs.waiting_since = None
+    elif hangs.waiting_since is None:
+        hangs.waiting_since = now
     return []
 
 
@@ -39,26 +42,52 @@ def check_hangs(job: Job, now: float) -> list[Command]:
     hangs = job.hangs
     if hangs.since is None or now < hangs.since + SETTLED_AFTER:
         return []
-    hung = hangs.hung
-    if hung and len(hung) <= few(len(job.seats)):
-        why = "; ".join(f"rank {rank} hangs: {evidence}" for rank, evidence in sorted(hung.items())[:_SHOWN])
-        return fence(job, {rank: f"hangs: {evidence}" for rank, evidence in hung.items()}, why, now)
-    if hung:
-        if job.config.hang_timeout and now >= hangs.since + job.config.hang_timeout:
+    return _end_hung(job, now) if hangs.hung else _send_back(job, now)
+
+
+def _end_hung(job: Job, now: float) -> list[Command]:
+    hangs, seats = job.hangs, len(job.seats)
+    hung, silent = hangs.hung, hangs.silent
+    if silent and len(silent) <= few(seats):
+        # Nobody but themselves keeps their threads from running, whatever all others wait for.
+        return _end(job, {rank: hung[rank] for rank in silent}, now)
+    at_most = few(seats - len(hangs.waiting))
+    if len(hung) > at_most and hangs.crowd_since is None:
+        hangs.crowd_since = now
+    if hangs.crowd_since is not None:
+        # As long as one of that crowd hangs: those that are left when the others go on are only the last of them.
+        if now < hangs.crowd_since + job.config.hang_timeout:
+            return []
+        if len(hung) > at_most:
             return fall_back(job, f"{len(hung)} ranks hang at the same time: {_first(hung)}", now)
+    elif len(hung.keys() | hangs.slow) > at_most:
         return []
+    return _end(job, hung, now)
+
+
+def _end(job: Job, hung: Mapping[Rank, str], now: float) -> list[Command]:
+    why = "; ".join(f"rank {rank} hangs: {evidence}" for rank, evidence in sorted(hung.items())[:_SHOWN])
+    return fence(job, {rank: f"hangs: {evidence}" for rank, evidence in hung.items()}, why, now)
+
+
+def _send_back(job: Job, now: float) -> list[Command]:
+    """Everybody waits: for each other, or in one operation that does not get on."""
+    hangs = job.hangs
     finished = job.phase.finished if isinstance(job.phase, Training) else set()
     waiting = hangs.waiting
-    if len(waiting.keys() | finished) < len(job.seats) or not waiting:
+    if len(waiting.keys() | finished) < len(job.seats):
         return []
     step = max(event.step for event in hangs.told.values())
     why = f"every rank waits for another in step {step}: {describe(waiting, job.seats.members_of)}"
-    if step in job.deadlocks:
-        if now < hangs.since + min(_SURE_AFTER, job.config.hang_timeout):
-            return []
-        return halt(job, f"{why}; again after all went back once, so it is the script's")
-    job.deadlocks.add(step)
-    return open_epoch(job, {}, why, now)
+    if step not in job.deadlocks:
+        job.deadlocks.add(step)
+        return open_epoch(job, {}, why, now)
+    assert hangs.waiting_since is not None
+    if now < hangs.waiting_since + min(_SURE_AFTER, job.config.hang_timeout):
+        return []
+    if len({_operation(what) for what in waiting.values()}) == 1:
+        return fall_back(job, f"{why}; again after all went back once", now)
+    return halt(job, f"{why}; again after all went back once, so it is the script's")
 
 
 def few(ranks: int) -> int:
@@ -70,7 +99,7 @@ def describe(waiting: Mapping[Rank, str], members_of: Mapping[GroupKey, tuple[Ra
     """Who waits in what, and which members of that group are not there."""
     ranks_in: dict[str, list[Rank]] = {}
     for rank, what in sorted(waiting.items()):
-        ranks_in.setdefault(what.partition(", for ")[0], []).append(rank)
+        ranks_in.setdefault(_operation(what), []).append(rank)
     parts = []
     for what, ranks in list(ranks_in.items())[:_SHOWN]:
         members = members_of.get(GroupKey(what.partition(" of ")[2]), ())
@@ -87,3 +116,8 @@ def _first(evidence: Mapping[Rank, str]) -> str:
 
 def _names(ranks: list[Rank]) -> str:
     return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def _operation(what: str) -> str:
+    """Without how long it is waited in."""
+    return what.partition(", for ")[0]

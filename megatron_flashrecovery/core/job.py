@@ -47,11 +47,13 @@ class JobConfig:
 
 @dataclass
 class Hangs:
-    """What the nodes say at the moment; ``since`` is when the first that still counts was told."""
+    """What the nodes say at the moment. ``hung_since`` is when the last one joined those that hang, ``waiting_since``
+    when the first one waited for too long, ``crowd_since`` when too many hung to blame them."""
 
     told: dict[NodeId, RanksHung] = field(default_factory=dict)
-    since: float | None = None
-    is_excused: bool = False
+    hung_since: float | None = None
+    waiting_since: float | None = None
+    crowd_since: float | None = None
 
     @property
     def hung(self) -> dict[Rank, str]:
@@ -60,6 +62,18 @@ class Hangs:
     @property
     def waiting(self) -> dict[Rank, str]:
         return {rank: what for event in self.told.values() for rank, what in event.waiting.items()}
+
+    @property
+    def silent(self) -> set[Rank]:
+        return {rank for event in self.told.values() for rank in event.silent}
+
+    @property
+    def slow(self) -> set[Rank]:
+        return {rank for event in self.told.values() for rank in event.slow}
+
+    @property
+    def since(self) -> float | None:
+        return self.waiting_since if self.hung_since is None else self.hung_since
 
 
 class Job:
@@ -122,6 +136,9 @@ class Job:
         """Everybody goes on from here. Further on than the last time is progress."""
         if self.last_resume is None or step > self.last_resume:
             self.setbacks.clear()
+            # What happens again later on, or at a later start, is another story.
+            self.raised = {raised for raised in self.raised if raised[1] is not None and raised[1] > step}
+            self.deadlocks = {deadlock for deadlock in self.deadlocks if deadlock > step}
         self.last_resume = step
 
     def note_kept(self, steps: Iterable[Step]) -> None:
@@ -166,7 +183,7 @@ class Job:
                 return min(joining.values(), default=None)
             case Executing(deadline=deadline):
                 return deadline
-            case Training() if self.hangs.since is not None:
-                return self.hangs.since + SETTLED_AFTER
+            case Training():
+                return None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
             case _:
                 return None

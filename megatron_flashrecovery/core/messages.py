@@ -158,14 +158,17 @@ class WorkersLost:
 @dataclass(frozen=True)
 class RanksHung:
     """All ranks of one node that hang, with the evidence, and those that have waited in an operation for longer than
-    they ever did, with which. Told when one of the two changes: whoever is not in it any more moves again. ``step`` is
-    the newest in which one of them is."""
+    they ever did, with which; of the first, ``silent`` are those none of whose threads runs; ``slow`` may hang soon.
+    Told when that changes, and now and then: whoever is not in it any more moves again. ``step`` is the newest in which
+    one of them is."""
 
     node: NodeId
     epoch: Epoch
     hung: Mapping[Rank, str]
     waiting: Mapping[Rank, str]
     step: Step
+    silent: tuple[Rank, ...] = ()
+    slow: tuple[Rank, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,31 +13,31 @@ from dataclasses import dataclass, field
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
 
-BETWEEN = "between two steps"
-_SAMPLES = 3
+STEP, BETWEEN = "a step", "between two steps"
+SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Pace:
     """``factor`` times the longest stretch of its kind so far, and at least ``least`` seconds, is a hang; ``unknown``
-    seconds where fewer than three of a kind were seen. 0 switches the detection of hangs off. Between two steps a loop
-    may do whatever it likes, and on one rank only: there it is ``between`` at least. No limit but ``factor`` is longer
-    than ``unknown``."""
+    seconds where fewer than three of a kind were seen. 0 switches the detection of hangs off. Outside of a step a loop
+    may do whatever it likes, and on one rank only: there it is ``outside`` at least, and so it is for what comes first
+    behind a recovery. No limit but ``factor`` is longer than ``unknown``."""
 
     unknown: float = 600.0
     factor: float = 4.0
     least: float = 5.0
-    between: float = 60.0
+    outside: float = 60.0
 
     def __post_init__(self) -> None:
         if self.unknown < 0:
             raise ConfigError(f"--hang-timeout {self.unknown:g}: give seconds, or 0 to look for no hangs")
 
-    def limit(self, doing: str, longest: float, seen: int) -> float:
-        if seen < _SAMPLES:
+    def limit(self, reading: Reading, longest: float) -> float:
+        if reading.seen < SAMPLES and not reading.was_timed:
             return self.unknown
-        least = self.between if doing == BETWEEN else self.least
-        return max(min(least, self.unknown), self.factor * longest)
+        is_usual = reading.doing == STEP and reading.seen >= SAMPLES
+        return max(min(self.least if is_usual else self.outside, self.unknown), self.factor * longest)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Reading:
 
     ``doing`` is the activity, empty before the first and behind the last. ``where`` is what the main thread waits in,
     empty while it computes, since ``since``; the ``longest`` stretch like this one in this activity, of which ``seen``
-    have ended, took as long. ``beat`` is when the session's own thread last ran, ``longest_pause`` its longest silence.
+    have ended since the start or the last recovery, took as long; ``was_timed``: enough of them ended before that, too.
+    ``beat`` is when the session's own thread last ran, ``longest_pause`` its longest silence.
     """
 
     beat: float
@@ -57,33 +58,42 @@ class Reading:
     since: float
     longest: float
     seen: int
+    was_timed: bool = False
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``hung`` with the evidence; ``waiting`` for longer than ever, with what for."""
+    """``hung`` with the evidence, ``silent`` of them those none of whose threads runs; ``waiting`` for longer than
+    ever, with what for. ``slow`` are on their way to hang: half of their limit is over."""
 
     hung: Mapping[Rank, str] = field(default_factory=dict)
     waiting: Mapping[Rank, str] = field(default_factory=dict)
+    silent: tuple[Rank, ...] = ()
+    slow: tuple[Rank, ...] = ()
 
 
 def judge(readings: Mapping[Rank, Reading], now: float, pace: Pace, not_before: float) -> Verdict:
     """``not_before`` is from when on anybody could be seen: when training went on, or the watcher itself woke up."""
     hung: dict[Rank, str] = {}
     waiting: dict[Rank, str] = {}
+    silent: list[Rank] = []
+    slow: list[Rank] = []
     if not pace.unknown:
         return Verdict()
     for rank, reading in readings.items():
         if not reading.doing:
             continue
-        silent = now - max(reading.beat, not_before)
+        silence = now - max(reading.beat, not_before)
         stretch = now - max(reading.since, not_before)
-        limit = pace.limit(reading.doing, reading.longest, reading.seen)
+        limit, pause = pace.limit(reading, reading.longest), pace.limit(reading, reading.longest_pause)
         before = f"the longest before took {reading.longest:.1f} s" if reading.seen else "it never came here before"
-        if silent > (pause := pace.limit(reading.doing, reading.longest_pause, reading.seen)):
-            hung[rank] = f"none of its threads has run for {silent:.1f} s in {reading.doing} (limit {pause:.1f} s)"
+        if silence > pause:
+            silent.append(rank)
+            hung[rank] = f"none of its threads has run for {silence:.1f} s in {reading.doing} (limit {pause:.1f} s)"
         elif stretch > limit and not reading.where:
             hung[rank] = f"it has computed for {stretch:.1f} s in {reading.doing}, {before} (limit {limit:.1f} s)"
         elif stretch > limit:
             waiting[rank] = f"{reading.where}, for {stretch:.1f} s in {reading.doing}"
-    return Verdict(hung, waiting)
+        elif silence > pause / 2 or (stretch > limit / 2 and not reading.where):
+            slow.append(rank)
+    return Verdict(hung, waiting, tuple(silent), tuple(slow))

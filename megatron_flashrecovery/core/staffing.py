@@ -109,6 +109,7 @@ def restart(job: Job, reason: str, now: float) -> list[Command]:
     job.setbacks.clear()
     job.rounds = 0
     job.last_resume = job.newest_kept = None
+    job.deadlocks.clear()
     job.begin_anew()
     job.seats.forget()
     order = RestartAll(job.epoch, reason, from_checkpoint=job.checkpoint is not None)

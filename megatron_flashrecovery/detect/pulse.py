@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.core.pace import BETWEEN, Reading
+from megatron_flashrecovery.core.pace import BETWEEN, SAMPLES, Reading
 
 PAGE_NBYTES = 4096
 _BEAT = struct.Struct("<dd")
 """When the session's thread last ran, and its longest silence."""
-_STATE = struct.Struct("<QqddQ96s192sQ")
-"""Number, step, since, longest, seen, activity, operation, number again: a store that was read in the middle shows."""
+_STATE = struct.Struct("<QqddQ?96s192sQ")
+"""Number, step, since, longest, seen, timed before, activity, operation, number again: a store that was read in the
+middle shows."""
 _STATE_AT = 64
 _LOOKS = 3
 
@@ -53,6 +54,8 @@ class Pulse:
         self._last_beat = 0.0
         self._longest_pause = 0.0
         self._is_held = False
+        self._is_unwound = False
+        self._timed: set[str] = set()
 
     def beat(self) -> None:
         now = self._clock()
@@ -64,11 +67,16 @@ class Pulse:
     @contextmanager
     def doing(self, activity: str, step: Step) -> Iterator[None]:
         """Around something that is done again and again, and that has a usual duration."""
-        before = self._doing, self._step
+        before = BETWEEN if self._is_unwound else self._doing, self._step
+        self._is_unwound = False
         self._ended[before[0]] = self._ended.get(before[0], 0) + 1
         self._turn(activity, int(step), self._where)
-        yield
-        # Not behind an exception that ends the process: the page then tells what it was doing.
+        try:
+            yield
+        except BaseException:
+            # It ends the process, and the page tells what it was doing; or the loop catches it, and goes on.
+            self._is_unwound = True
+            raise
         self._ended[activity] = self._ended.get(activity, 0) + 1
         self._turn(*before, self._where)
 
@@ -86,8 +94,10 @@ class Pulse:
 
     def release(self) -> None:
         """It goes on. What comes first may take longer than usual, for instance where connections are made."""
-        self._is_held = False
+        self._timed.update(activity for activity, count in self._ended.items() if count >= SAMPLES)
         self._ended.clear()
+        self._since = self._clock()  # what the main thread waits in until it hears of this is not usual, either
+        self._is_held = False
 
     def enter(self, group: str, operation: str) -> None:
         """This thread waits for others in an operation from here on; a group of none is something else to wait for."""
@@ -119,6 +129,7 @@ class Pulse:
             now,
             longest,
             ended,
+            doing in self._timed,
             doing.encode()[:96],
             where,
             self._number,
@@ -135,12 +146,14 @@ class PulseReader:
     def read(self) -> Reading | None:
         """Nothing if nothing was written yet, or if it is being written just now."""
         for _ in range(_LOOKS):
-            number, step, since, longest, seen, doing, where, again = _STATE.unpack_from(self._memory, _STATE_AT)
+            state = _STATE.unpack_from(self._memory, _STATE_AT)
+            number, step, since, longest, seen, was_timed, doing, where, again = state
             if number == again:
                 beat, longest_pause = _BEAT.unpack_from(self._memory, 0)
                 if not number or not beat:
                     return None
-                return Reading(beat, longest_pause, _text(doing), Step(step), _text(where), since, longest, seen)
+                said = _text(doing), Step(step), _text(where)
+                return Reading(beat, longest_pause, *said, since, longest, seen, was_timed)
         return None
 
     def close(self) -> None:

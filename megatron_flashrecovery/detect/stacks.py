@@ -3,11 +3,11 @@ hangs with the interpreter's lock in its hands."""
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import os
 import signal
 import time
+from collections.abc import Mapping
 
 SIGNAL = signal.SIGRTMIN + 9
 """Nobody else uses it: frameworks and schedulers take those with a name."""
@@ -22,25 +22,39 @@ def make_file() -> int:
 
 
 def write_on_death(descriptor: int) -> None:
-    """In the process itself, on its main thread: a fatal signal, or ``SIGNAL``, writes the stacks of all threads."""
+    """In the process itself, on its main thread: a fatal signal, or ``SIGNAL``, writes the stacks of all threads. Not
+    in processes that it forks."""
     faulthandler.enable(descriptor, all_threads=True)
     faulthandler.register(SIGNAL, descriptor, all_threads=True, chain=False)
+    os.register_at_fork(after_in_child=_forget)
 
 
-def ask_for(pid: int, descriptor: int) -> None:
-    """From outside: returns when something was written, or after a moment, for a stopped process writes nothing."""
-    before = os.fstat(descriptor).st_size
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, SIGNAL)
-        deadline = time.monotonic() + _WRITTEN_WITHIN
-        size = before
-        while time.monotonic() < deadline:
-            time.sleep(_POLL)
-            now = os.fstat(descriptor).st_size
-            if now == size > before:
-                return
-            size = now
+def _forget() -> None:
+    faulthandler.disable()
+    faulthandler.unregister(SIGNAL)
+
+
+def ask_for(descriptor_of: Mapping[int, int]) -> None:
+    """From outside, by process id: returns when each has written something, or after a moment, for a stopped process
+    writes nothing."""
+    sizes = {descriptor: os.fstat(descriptor).st_size for descriptor in descriptor_of.values()}
+    before = dict(sizes)
+    waiting = set(sizes)
+    for pid, descriptor in descriptor_of.items():
+        try:
+            os.kill(pid, SIGNAL)
+        except ProcessLookupError:
+            waiting.discard(descriptor)
+    deadline = time.monotonic() + _WRITTEN_WITHIN
+    while waiting and time.monotonic() < deadline:
+        time.sleep(_POLL)
+        for descriptor in list(waiting):
+            size, sizes[descriptor] = sizes[descriptor], os.fstat(descriptor).st_size
+            if sizes[descriptor] == size > before[descriptor]:
+                waiting.discard(descriptor)
 
 
 def read_from(descriptor: int) -> str:
-    return os.pread(descriptor, _MOST, 0).decode(errors="replace").strip()
+    """What was written last."""
+    size = os.fstat(descriptor).st_size
+    return os.pread(descriptor, _MOST, max(0, size - _MOST)).decode(errors="replace").strip()

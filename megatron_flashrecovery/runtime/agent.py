@@ -177,11 +177,11 @@ class Agent:
 
     def _fence(self, ranks: tuple[Rank, ...], reason: str, epoch: Epoch) -> None:
         """Its end is told as a loss, for what it left in the vault counts."""
-        for rank, worker in list(self._workers.seated()):
-            if rank in ranks and worker.seat is not None and worker.seat.epoch < epoch:
-                self._fenced[worker.id] = reason
-                self._watch.ask_for_stacks(worker.id, worker.pid)
-                self._workers.kill(worker)
+        fenced = [w for rank, w in self._workers.seated() if rank in ranks and w.seat and w.seat.epoch < epoch]
+        self._watch.ask_for_stacks(fenced)
+        for worker in fenced:
+            self._fenced[worker.id] = reason
+            self._workers.kill(worker)
 
     def _end_seated(self, ranks: tuple[Rank, ...]) -> None:
         for rank, worker in list(self._workers.seated()):

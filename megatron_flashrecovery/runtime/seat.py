@@ -18,8 +18,11 @@ from megatron_flashrecovery.runtime.dialogue import Raised, Seat
 
 FROM_CHECKPOINT = "FLASHRECOVERY_FROM_CHECKPOINT"
 _PR_SET_NAME = 15
-_FOREIGN = frozenset({"FlashRecoveryError", "DistError", "AcceleratorError"})
-"""Exceptions that say something of this package, of the network or of a device, and not of the script."""
+_FOREIGN = frozenset(
+    {"FlashRecoveryError", "Severed", "DistError", "AcceleratorError", "OutOfMemoryError", "MemoryError", "OSError"}
+)
+"""Exceptions that say something of this package, the network, a device or a file system, and not of the script."""
+_FOREIGN_PLACES = ("/torch/distributed/", "/megatron_flashrecovery/comm/", "/runtime/parking_lot.py")
 _TRACEBACK_NBYTES = 8192
 _taken: tuple[Seat, Channel] | None = None
 _page: int | None = None
@@ -63,10 +66,17 @@ def take_seat(channel: Channel) -> None:
         print(f"flashrecovery: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Exception as error:
-        if _FOREIGN.isdisjoint(cls.__name__ for cls in type(error).__mro__):
+        if _is_of_the_script(error):
             with suppress(ChannelClosed):
                 channel.send(_raised(error))
         raise
+
+
+def _is_of_the_script(error: Exception) -> bool:
+    if not _FOREIGN.isdisjoint(cls.__name__ for cls in type(error).__mro__):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return not any(place in last for place in _FOREIGN_PLACES)
 
 
 def _raised(error: Exception) -> Raised:

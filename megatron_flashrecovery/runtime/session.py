@@ -26,6 +26,7 @@ from megatron_flashrecovery.comm.tensor_bytes import payload_of
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.core.messages import Update
+from megatron_flashrecovery.core.pace import STEP
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
@@ -72,9 +73,8 @@ class Session:
         self._line = Line(seat, channel, self._lot, self._registry, self._progress, self._pulse)
         self._injector = Injector(seat.injections, channel)
         self._joining = seat.joining
-        self._entered = False
+        self._entered = self._inside = False
         self._last_step = NO_STEP
-        self._inside = False
         self._last_resume: Step | None = None
         self._call_of: dict[Step, Callable[[], StepRecord]] = {}
         self._calls_after: dict[Step, list[GuardedCall]] = {}
@@ -179,7 +179,7 @@ class Session:
         wanted = Step(step + 1)
         began = time.monotonic()
         self._call_of[wanted] = call
-        with self._inside_of("a step", wanted):
+        with self._inside_of(STEP, wanted):
             self._do(lambda: self._reach(wanted, again=False), f"step {wanted}", wanted)
         record = self._progress.records[wanted]
         self._last_step = wanted
@@ -198,13 +198,13 @@ class Session:
         """
         self._enter()
         if self._inside:
-            return call()
+            with self._pulse.doing(name, self._last_step):
+                return call()
         guarded = GuardedCall(name, call, again or call)
         self._calls_after.setdefault(self._last_step, []).append(guarded)
         with self._inside_of(name, self._last_step):
             self._do(guarded.make, name, self._last_step)
-        result: T = guarded.result
-        return result
+        return guarded.result  # type: ignore[no-any-return]
 
     def mark(self, moment: Moment) -> None:
         """The framework is at this moment of a step."""
@@ -310,14 +310,13 @@ class Session:
     def _describe(self, berth: Berth) -> None:
         """What this rank is part of: every group is told of by its first member."""
         members_of = {key: self._registry.members(key) for key in self._registry.groups}
-        unique = sum(piece.nbytes for piece in self._ownership.unique())
         self._channel.send(
             dialogue.Described(
                 sharded=self._ownership.sharded,
                 host=berth.host,
                 peers=self._framework.data_parallel_peers(),
                 groups={key: members for key, members in members_of.items() if members[0] == self.rank},
-                unique_nbytes=unique,
+                unique_nbytes=sum(piece.nbytes for piece in self._ownership.unique()),
                 warning="; ".join(berth.warnings) or None,
             )
         )
@@ -354,7 +353,8 @@ class Session:
             completed = self._progress.completed
             if again:
                 for guarded in self._calls_after.get(completed, ()):
-                    guarded.repeat()
+                    with self._pulse.doing(guarded.name, completed):
+                        guarded.repeat()
             if completed >= wanted:
                 return
             self._compute(Step(completed + 1))

@@ -18,6 +18,9 @@ from megatron_flashrecovery.runtime.node_messages import LastWords
 from megatron_flashrecovery.runtime.workers import Worker
 
 _EVERY = 0.25
+_AGAIN = 10.0
+"""Seconds: whoever could make nothing of it the first time hears it again."""
+_NOBODY: tuple[frozenset[Rank], ...] = (frozenset(),) * 4
 _ASLEEP = 1.0
 """Seconds between two looks: who was asleep for as long has seen nobody hang."""
 
@@ -48,7 +51,8 @@ class Watch:
         self._clock = clock
         self._watched: dict[WorkerId, _Watched] = {}
         self._not_before = self._looked = clock()
-        self._told: tuple[frozenset[Rank], frozenset[Rank]] = (frozenset(), frozenset())
+        self._told: tuple[frozenset[Rank], ...] = _NOBODY
+        self._told_at = 0.0
         self._is_on = True
 
     def take(self, worker: WorkerId) -> tuple[int, int]:
@@ -60,13 +64,13 @@ class Watch:
         """From now on ranks train; what was seen before counts no more."""
         self._is_on = True
         self._not_before = self._looked = self._clock()
-        self._told = (frozenset(), frozenset())
+        self._told = _NOBODY
 
     def pause(self) -> None:
         self._is_on = False
 
     def look(self, epoch: Epoch, seated: Iterable[tuple[Rank, Worker]]) -> RanksHung | None:
-        """What there is to tell: nothing, if it is what was told already."""
+        """What there is to tell: nothing, if it is what was told a moment ago."""
         now = self._clock()
         if not self._is_on or now < self._looked + _EVERY:
             return None
@@ -76,21 +80,21 @@ class Watch:
         found = {rank: self._reading(worker.id) for rank, worker in seated}
         readings = {rank: reading for rank, reading in found.items() if reading is not None}
         verdict = judge(readings, now, self._pace, self._not_before)
-        seen = frozenset(verdict.hung), frozenset(verdict.waiting)
-        if seen == self._told:
+        seen = tuple(map(frozenset, (verdict.hung, verdict.waiting, verdict.silent, verdict.slow)))
+        if seen == self._told and (seen == _NOBODY or now < self._told_at + _AGAIN):
             return None
-        self._told = seen
+        self._told, self._told_at = seen, now
         newest = max((readings[rank].step for rank in (*verdict.hung, *verdict.waiting)), default=Step(0))
-        return RanksHung(self._node, epoch, verdict.hung, verdict.waiting, newest)
+        return RanksHung(self._node, epoch, verdict.hung, verdict.waiting, newest, verdict.silent, verdict.slow)
 
     def note_raised(self, worker: WorkerId, raised: Raised) -> None:
         if worker in self._watched:
             self._watched[worker].raised = raised
 
-    def ask_for_stacks(self, worker: WorkerId, pid: int | None) -> None:
-        """Before it is ended for being in the way."""
-        if pid is not None and worker in self._watched:
-            stacks.ask_for(pid, self._watched[worker].stacks)
+    def ask_for_stacks(self, workers: Iterable[Worker]) -> None:
+        """Before they are ended for being in the way."""
+        known = [worker for worker in workers if worker.pid is not None and worker.id in self._watched]
+        stacks.ask_for({worker.pid: self._watched[worker.id].stacks for worker in known if worker.pid is not None})
 
     def last_words(self, rank: Rank, worker: WorkerId) -> LastWords:
         """Of a process that is gone, and forgotten with this."""

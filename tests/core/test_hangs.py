@@ -8,6 +8,7 @@ from megatron_flashrecovery.core.messages import (
     Loss,
     Park,
     RanksHung,
+    RestartAll,
     StartWorkers,
     Stop,
     WorkersLost,
@@ -16,18 +17,31 @@ from megatron_flashrecovery.core.phases import Draining, Training
 from tests.core.jobs import GROUPS, A, B, key, play, recovered_job, training_job
 
 
-def told(node=A, hung=(), waiting=(), epoch=0, step=7):
+def told(node=A, hung=(), waiting=(), epoch=0, step=7, silent=(), slow=(), what="allreduce of world"):
     return RanksHung(
         node,
         Epoch(epoch),
         {Rank(rank): "it sleeps" for rank in hung},
-        {Rank(rank): "allreduce of world, for 9 s in a step" for rank in waiting},
+        {Rank(rank): f"{what}, for 9 s in a step" for rank in waiting},
         Step(step),
+        silent,
+        slow,
     )
 
 
+def everybody_waits(job, now, what="barrier of dp1"):
+    play(job, told(A, waiting=[0, 1]), told(B, waiting=[2, 3], what=what), now=now)
+
+
 def raised(rank, step=7, worker="1", what="ValueError at train.py:3 in step", epoch=0):
-    loss = Loss(Rank(rank), WorkerId(f"{rank}.{worker}"), "exit code 1", Epoch(epoch), Step(step), what)
+    loss = Loss(
+        Rank(rank),
+        WorkerId(f"{rank}.{worker}"),
+        "exit code 1",
+        Epoch(epoch),
+        None if step is None else Step(step),
+        what,
+    )
     return WorkersLost(A if rank < 2 else B, (loss,))
 
 
@@ -56,10 +70,52 @@ def test_many_at_the_same_time_are_not_to_blame():
     assert isinstance(job.phase, Training)
 
 
+def test_the_last_of_many_that_go_on_are_left_alone():
+    job = training_job()
+    play(job, told(hung=[0, 1]), now=10.0)
+    play(job, ClockTicked(), now=12.0)
+    play(job, told(hung=[1]), now=20.0)
+    assert play(job, ClockTicked(), now=30.0) == []
+    play(job, told(), now=31.0)
+    play(job, told(hung=[1]), now=40.0)
+    assert isinstance(play(job, ClockTicked(), now=41.0)[0], Fence)
+
+
+def test_whoever_joins_them_is_waited_for_also_when_others_waited_before():
+    job = training_job()
+    play(job, told(B, waiting=[2]), now=10.0)
+    play(job, told(A, hung=[0]), now=20.0)
+    assert play(job, ClockTicked(), now=20.5) == []
+    play(job, told(A, hung=[0, 1]), now=20.9)
+    assert play(job, ClockTicked(), now=60.0) == []
+
+
+def test_one_is_not_to_blame_as_long_as_others_come_near_their_limits():
+    job = training_job()
+    play(job, told(A, hung=[0]), told(B, slow=(2, 3)), now=10.0)
+    assert play(job, ClockTicked(), now=20.0) == []
+    play(job, told(B), now=21.0)
+    assert isinstance(play(job, ClockTicked(), now=22.0)[0], Fence)
+
+
+def test_those_that_read_for_all_others_are_many_when_they_hang_together():
+    job = training_job()
+    play(job, told(A, hung=[0, 1]), told(B, waiting=[2, 3]), now=10.0)
+    assert play(job, ClockTicked(), now=100.0) == []
+
+
+def test_one_whose_threads_do_not_run_is_ended_whatever_the_others_do():
+    job = training_job()
+    play(job, told(A, hung=[0, 1], silent=(1,)), told(B, hung=[2, 3]), now=10.0)
+    fence, *_ = play(job, ClockTicked(), now=11.0)
+    assert fence == Fence(A, (1,), "rank 1 hangs: it sleeps", 1)
+
+
 def test_many_that_hang_for_ever_end_the_job_or_take_it_back_to_its_checkpoint():
     job = training_job()
     play(job, told(hung=[0, 1]), now=10.0)
-    (stop,) = play(job, ClockTicked(), now=610.0)
+    play(job, ClockTicked(), now=11.0)
+    (stop,) = play(job, ClockTicked(), now=611.0)
     assert isinstance(stop, Stop)
     assert "2 ranks hang at the same time: rank 0: it sleeps" in stop.reason
 
@@ -75,11 +131,21 @@ def test_all_that_wait_for_each_other_go_back_once():
 def test_the_second_time_in_the_same_step_it_is_a_bug_of_the_script():
     job = training_job()
     job.deadlocks.add(Step(7))
-    play(job, told(A, waiting=[0, 1]), told(B, waiting=[2, 3]), now=10.0)
+    everybody_waits(job, now=10.0)
     assert play(job, ClockTicked(), now=11.0) == []
     (stop,) = play(job, ClockTicked(), now=70.0)
     assert isinstance(stop, Stop)
     assert "again after all went back once" in stop.reason
+
+
+def test_all_that_wait_in_the_same_operation_again_are_not_the_scripts_fault():
+    job = training_job()
+    job.checkpoint = Step(3)
+    job.deadlocks.add(Step(7))
+    everybody_waits(job, now=10.0, what="allreduce of world")
+    (restart,) = play(job, ClockTicked(), now=70.0)
+    assert isinstance(restart, RestartAll)
+    assert job.deadlocks == set()
 
 
 def test_as_long_as_somebody_computes_nobody_waits_in_vain():
@@ -121,6 +187,14 @@ def test_another_exception_or_step_or_rank_is_another_story():
         job = training_job()
         play(job, raised(1))
         assert not any(isinstance(command, Stop) for command in play(job, again))
+
+
+def test_what_happened_long_ago_is_no_first_time():
+    job = training_job()
+    play(job, raised(1, step=None))
+    job.note_resume(Step(5))
+    job.note_resume(Step(9))
+    assert not job.raised
 
 
 def test_the_end_of_one_worker_told_twice_is_no_second_exception():

@@ -17,8 +17,9 @@ def reading(
     where: str = "",
     doing: str = "a step",
     silent: float = 0.1,
+    was_timed: bool = False,
 ) -> Reading:
-    return Reading(NOW - silent, 0.3, doing, Step(7), where, NOW - computing, longest, seen)
+    return Reading(NOW - silent, 0.3, doing, Step(7), where, NOW - computing, longest, seen, was_timed)
 
 
 def hung(reading: Reading, pace: Pace = PACE, not_before: float = 0.0) -> str:
@@ -43,9 +44,21 @@ def test_a_first_step_an_evaluation_or_a_checkpoint_has_time(seen):
     assert hung(reading(computing=601.0, longest=0.1, seen=seen))
 
 
-def test_between_two_steps_a_loop_has_more_time_than_in_one():
-    assert not hung(reading(computing=59.0, longest=0.1, doing=BETWEEN))
-    assert hung(reading(computing=61.0, longest=0.1, doing=BETWEEN))
+@pytest.mark.parametrize("doing", [BETWEEN, "save_checkpoint", "checkpoint_and_decide_exit"])
+def test_outside_of_a_step_a_loop_has_more_time_than_in_one(doing):
+    assert not hung(reading(computing=59.0, longest=0.1, doing=doing))
+    assert hung(reading(computing=61.0, longest=0.1, doing=doing))
+
+
+def test_the_first_steps_behind_a_recovery_have_more_time_but_not_for_ever():
+    assert not hung(reading(computing=59.0, longest=0.1, seen=0, was_timed=True))
+    assert hung(reading(computing=61.0, longest=0.1, seen=0, was_timed=True))
+    assert not hung(reading(computing=100.0, longest=30.0, seen=0, was_timed=True))
+
+
+def test_who_comes_near_its_limit_is_slow():
+    verdict = judge({Rank(3): reading(computing=3.0), Rank(4): reading(computing=1.0)}, NOW, PACE, 0.0)
+    assert verdict.slow == (3,)
 
 
 def test_who_waits_is_no_suspect_but_is_known_to_wait():
@@ -57,6 +70,7 @@ def test_who_waits_is_no_suspect_but_is_known_to_wait():
 def test_who_does_not_run_at_all_hangs_wherever_it_is():
     silent = reading(computing=6.0, where="barrier of world#0", silent=6.0)
     assert hung(silent) == "none of its threads has run for 6.0 s in a step (limit 5.0 s)"
+    assert judge({Rank(3): silent}, NOW, PACE, 0.0).silent == (3,)
 
 
 def test_nothing_counts_from_before_the_watcher_woke_up():

@@ -97,7 +97,18 @@ def test_behind_a_recovery_nothing_has_a_usual_duration_yet(page, clock):
     pulse.hold()
     pulse.release()
     with pulse.doing("a step", Step(6)):
-        assert (reader.read().seen, reader.read().longest) == (0, 1.0)
+        assert (reader.read().seen, reader.read().longest, reader.read().was_timed) == (0, 1.0, True)
+
+
+def test_a_loop_that_catches_an_exception_goes_on_between_two_steps(page):
+    pulse, reader = page
+    pulse.beat()
+    pulse.begin(Step(0))
+    with pytest.raises(StopIteration), pulse.doing("a step", Step(5)):
+        raise StopIteration
+    with pulse.doing("evaluate", Step(5)):
+        pass
+    assert reader.read().doing == BETWEEN
 
 
 def test_an_exception_leaves_what_was_done_when_it_came(page):

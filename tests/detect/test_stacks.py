@@ -38,7 +38,7 @@ def test_a_process_that_hangs_says_where(words, what):
     process = start(HANG[what], words)
     try:
         assert process.stdout.readline() == "there\n"
-        stacks.ask_for(process.pid, words)
+        stacks.ask_for({process.pid: words})
         assert 'File "<string>"' in stacks.read_from(words)
     finally:
         process.kill()
@@ -58,7 +58,7 @@ def test_one_that_stands_still_is_not_waited_for_for_long(words):
         assert process.stdout.readline() == "there\n"
         process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
-        stacks.ask_for(process.pid, words)
+        stacks.ask_for({process.pid: words})
         assert time.monotonic() - began < 5.0
         assert stacks.read_from(words) == ""
     finally:
@@ -69,5 +69,5 @@ def test_one_that_stands_still_is_not_waited_for_for_long(words):
 def test_one_that_is_gone_is_no_error(words):
     process = start("pass", words)
     process.communicate(timeout=30)
-    stacks.ask_for(process.pid, words)
+    stacks.ask_for({process.pid: words})
     assert stacks.read_from(words) == ""

@@ -59,7 +59,8 @@ def wait(watch, clock, pulses, seconds, seated):
 def test_one_that_computes_for_ever_is_told_once_and_again_when_it_goes_on(watch, clock):
     seat, pulse = trainer(watch, clock, 0)
     with pulse.doing("a step", Step(5)):
-        (event,) = wait(watch, clock, [pulse], 8.0, [seat])
+        slow, event = wait(watch, clock, [pulse], 8.0, [seat])
+        assert (slow.hung, slow.slow) == ({}, (0,))
         assert event.hung.keys() == {0}
         assert (event.step, event.waiting) == (5, {})
     (event,) = wait(watch, clock, [pulse], 2.0, [seat])
@@ -72,8 +73,8 @@ def test_nobody_is_looked_at_while_the_job_recovers(watch, clock):
     with pulse.doing("a step", Step(5)):
         assert wait(watch, clock, [pulse], 60.0, [seat]) == []
         watch.go_on()
-        assert wait(watch, clock, [pulse], 4.0, [seat]) == []
-        assert len(wait(watch, clock, [pulse], 4.0, [seat])) == 1
+        assert not any(event.hung for event in wait(watch, clock, [pulse], 4.0, [seat]))
+        assert wait(watch, clock, [pulse], 4.0, [seat])[-1].hung
 
 
 def test_an_agent_that_was_asleep_has_seen_nobody_hang(watch, clock):
@@ -82,7 +83,14 @@ def test_an_agent_that_was_asleep_has_seen_nobody_hang(watch, clock):
     with pulse.doing("a step", Step(5)):
         clock.now += 100.0
         assert watch.look(Epoch(0), [seat]) is None
-        assert len(wait(watch, clock, [pulse], 8.0, [seat])) == 1
+        assert wait(watch, clock, [pulse], 8.0, [seat])[-1].hung
+
+
+def test_whoever_could_make_nothing_of_it_hears_it_again(watch, clock):
+    seat, pulse = trainer(watch, clock, 0)
+    with pulse.doing("a step", Step(5)):
+        told = [event for event in wait(watch, clock, [pulse], 30.0, [seat]) if event.hung]
+    assert len(told) == 3
 
 
 def test_the_last_words_of_a_dead_one_are_told_once(watch, clock):

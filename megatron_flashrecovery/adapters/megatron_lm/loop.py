@@ -144,7 +144,7 @@ class Loop:
         original = self._saves.around(name, original)
         if self._session.is_inside:
             self._is_saving = self._is_saving or name == "save_checkpoint"
-            return original(*args, **named)
+            return self._session.guard(name, lambda: original(*args, **named))
         if name == "enable_forward_pre_hook" and all(map(is_hooked, self._model)):
             return None
         self._calls_behind[name] += 1

@@ -39,6 +39,8 @@ WATCHED: tuple[tuple[str, str], ...] = (
     ),
     ("megatron/training/checkpointing.py", "save_checkpoint"),
     ("megatron/training/checkpointing.py", "load_checkpoint"),
+    ("megatron/training/async_utils.py", "maybe_finalize_async_save"),
+    ("megatron/core/dist_checkpointing/strategies/async_utils.py", "AsyncCallsQueue"),
     ("megatron/core/timers.py", "Timer"),
     ("megatron/core/rerun_state_machine.py", "RerunStateMachine.should_run_forward_backward"),
     ("megatron/core/rerun_state_machine.py", "RerunDataIterator"),

@@ -38,6 +38,7 @@ def test_the_fields_are_these_and_a_new_one_is_a_decision():
         "drain_timeout",
         "join_timeout",
         "execute_timeout",
+        "hang_timeout",
     ]
 
 

@@ -21,6 +21,10 @@ _MOE = "megatron.core.transformer.moe."
 _TOKENS = "megatron.core.transformer.multi_token_prediction"
 
 
+NOTHING: Value = {"experts": {}, "tokens": {}}
+"""Before the first forward pass."""
+
+
 def capture() -> Value:
     """Groups are told by the names that c10d gave them, which are the same in a replacement."""
     entries, _ = _tracker()

@@ -34,7 +34,7 @@ class PartialStep:
         self._config = model[0].config
         self.no_sync = NoSync()
         self._timers_running: set[str] = set()
-        self._aux_losses: Any = {}
+        self._aux_losses: Any = aux_losses.NOTHING
         self._rerun: dict[str, Any] = {}
 
     def begin(self) -> None:

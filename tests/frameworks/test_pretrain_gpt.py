@@ -34,7 +34,11 @@ def test_two_runs_are_equal_bit_for_bit(tmp_path):
     "flags",
     [
         pytest.param([], id="distributed"),
-        pytest.param(["--bf16", "--overlap-grad-reduce", "--overlap-param-gather"], id="distributed-bf16-overlapped"),
+        pytest.param(
+            ["--bf16", "--overlap-grad-reduce", "--overlap-param-gather"],
+            id="distributed-bf16-overlapped",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--no-use-distributed-optimizer"], id="plain"),
     ],
 )

@@ -83,6 +83,7 @@ def test_ranks_that_wait_for_each_other_go_back_once(tmp_path: Path, assert_equa
     assert "where rank 0, 1, 3 never came" in recovery.cause
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_each_other_again_end_the_job(tmp_path: Path) -> None:
     outcome = run(Job(arguments=("--mismatch-at", "5", "--only-rank", "2"), flags=SOON), tmp_path / "run")
     assert outcome.exit_code == 1

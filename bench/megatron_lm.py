@@ -30,7 +30,7 @@ from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, gpu_flags, insta
 from tests.processes.launcher import Job
 from tests.processes.matrix import kill
 
-ROUNDS = 5
+ROUNDS = 3
 _LOST, _STEP, _STEPS = place.layout().rank(5), 6, 8
 _WARM, _COLD, _TODAY = "warm", "cold", "today"
 _WITH, _WITHOUT = "start with the flag", "start without it"

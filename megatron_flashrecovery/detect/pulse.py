@@ -94,7 +94,7 @@ class Pulse:
 
     def release(self) -> None:
         """It goes on. What comes first may take longer than usual, for instance where connections are made."""
-        self._timed.update(activity for activity, count in self._ended.items() if count >= SAMPLES)
+        self._timed.update(activity for activity, count in self._ended.copy().items() if count >= SAMPLES)
         self._ended.clear()
         self._since = self._clock()  # what the main thread waits in until it hears of this is not usual, either
         self._is_held = False

@@ -120,9 +120,6 @@ class Watch:
         for worker in [each for each in self._watched if each not in workers]:
             self._watched.pop(worker).close()
 
-    def close(self) -> None:
-        self.keep_only(())
-
     def _reading(self, worker: WorkerId) -> Reading | None:
         watched = self._watched.get(worker)
         return None if watched is None else watched.pulse.read()
@@ -134,4 +131,4 @@ def in_words(words: LastWords) -> str:
         return ""
     waited = f", in {words.where}" if words.where else ""
     what = f" in {words.doing}" if words.doing != "a step" else ""
-    return f" at step {Step(words.step)}{what}{waited}"
+    return f" at step {words.step}{what}{waited}"

@@ -10,7 +10,7 @@ from typing import Self
 
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import RanksHung
-from megatron_flashrecovery.core.pace import Pace, Reading, judge
+from megatron_flashrecovery.core.pace import STEP, Pace, Reading, judge
 from megatron_flashrecovery.detect import stacks
 from megatron_flashrecovery.detect.pulse import PulseReader, make_page
 from megatron_flashrecovery.runtime.dialogue import Raised
@@ -130,5 +130,5 @@ def in_words(words: LastWords) -> str:
     if words.step is None or not words.doing:
         return ""
     waited = f", in {words.where}" if words.where else ""
-    what = f" in {words.doing}" if words.doing != "a step" else ""
+    what = f" in {words.doing}" if words.doing != STEP else ""
     return f" at step {words.step}{what}{waited}"

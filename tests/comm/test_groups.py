@@ -130,10 +130,16 @@ def test_remote_members_are_free_within_a_fraction_of_a_second(run_ranks):
     assert max(run_ranks(4, sever_latency)) < 1.0
 
 
-def rebuilt_often(rank: int, size: int, store: Any) -> tuple[list[int], list[int]]:
+def held() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def rebuilt_often(rank: int, size: int, store: Any) -> None:
     registry = registry_of(rank, size, store)
     dist.init_process_group("gloo")
-    descriptors, threads = [], []
+    dist.all_reduce(torch.ones(1))
+    before = held()
     meet(store, "made", size)
     for epoch in range(1, REBUILDS + 1):
         for key in registry.groups:
@@ -147,18 +153,12 @@ def rebuilt_often(rank: int, size: int, store: Any) -> tuple[list[int], list[int
         dist.all_reduce(tensor)
         assert tensor.item() == size
         meet(store, f"rebuilt {epoch}", size)
-        if epoch in (5, REBUILDS):
-            until(lambda: not any(each.name == "flashrecovery-close" for each in threading.enumerate()))
-            descriptors.append(len(os.listdir("/proc/self/fd")))
-            threads.append(len(os.listdir("/proc/self/task")))
-            meet(store, f"looked {epoch}", size)  # before the next one severs
-    return descriptors, threads
+    # A thread that closes what was replaced is gone for Python a moment before it is gone for the kernel.
+    until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
 
 
 def test_fifty_rebuilds_leave_no_descriptor_and_no_thread_behind(run_ranks):
-    for descriptors, threads in run_ranks(3, rebuilt_often):
-        assert descriptors[0] == descriptors[1]
-        assert threads[0] == threads[1]
+    run_ranks(3, rebuilt_often)
 
 
 def left_waiting(rank: int, size: int, store: Any) -> float:

@@ -216,7 +216,7 @@ def test_a_job_that_is_told_to_end_writes_a_checkpoint_and_another_goes_on(
 def test_every_step_is_in_the_board_once(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     directory = tmp_path_factory.mktemp("run")
-    kills = (*KILLS[:2], kill(7, 8, "between"))
+    kills = (*KILLS[:2], kill(2, 6, "between"), kill(7, 8, "between"))
     job = pretrain(*SHARDED, "--tensorboard-dir", str(directory / "board"), injections=kills)
     job.environment.update(environment)
     outcome = run(job, directory / "run", timeout=240)

@@ -13,6 +13,7 @@ import torch
 from megatron_flashrecovery.adapters.megatron_lm import arguments, hooks, results
 from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved, use_newest
 from megatron_flashrecovery.adapters.megatron_lm.tape import Tape
+from megatron_flashrecovery.adapters.megatron_lm.told_once import ToldOnce
 from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import NOTED, WandbRows, use_one_run
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
@@ -167,3 +168,34 @@ def test_a_report_is_in_wandb_only_when_its_row_is_over(tmp_path: Any) -> None:
     rows.settle()
     assert len(wandb.said) == 2, "a step without a row gets none"
     assert noted[1:] == [(NOTED + "training_log#1", 4)]
+
+
+def test_a_call_that_is_cut_short_and_made_again_tells_everything_once() -> None:
+    told: list[Any] = []
+    board = SimpleNamespace(add_scalar=lambda *what: told.append(what), flush=lambda: told.append("flushed"))
+    training: Any = SimpleNamespace(print_rank_last=told.append, get_tensorboard_writer=lambda: board)
+    once = ToldOnce(training)
+
+    def log(*, is_cut_short: bool) -> None:
+        training.get_tensorboard_writer().add_scalar("loss", 1.5, 7)
+        training.print_rank_last("a line")
+        if is_cut_short:
+            raise InterruptedError
+        training.get_tensorboard_writer().add_scalar("time", 0.1, 7)
+        training.print_rank_last("a line")
+        training.get_tensorboard_writer().flush()
+
+    with pytest.raises(InterruptedError), once.telling():
+        log(is_cut_short=True)
+    for _ in range(2):
+        with once.telling():
+            log(is_cut_short=False)
+    assert told == [("loss", 1.5, 7), "a line", ("time", 0.1, 7), "a line", "flushed", "flushed"]
+    training.print_rank_last("of the next call")
+    assert told[-1] == "of the next call"
+
+
+def test_where_upstream_has_no_board_there_is_none() -> None:
+    training: Any = SimpleNamespace(print_rank_last=print, get_tensorboard_writer=lambda: None)
+    with ToldOnce(training).telling():
+        assert training.get_tensorboard_writer() is None

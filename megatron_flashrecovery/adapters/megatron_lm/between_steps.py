@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from megatron_flashrecovery.adapters.megatron_lm.loop_position import LoopPosition
 from megatron_flashrecovery.adapters.megatron_lm.loop_state import copy_of_sums
 from megatron_flashrecovery.adapters.megatron_lm.session_seam import LoopSession
+from megatron_flashrecovery.adapters.megatron_lm.told_once import BOARD, PRINT, WANDB, ToldOnce, replaced
 from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import NOTED, WandbRows
 
 LOG, EVALUATE, EXIT = "training_log", "evaluate_and_print_results", "checkpoint_and_decide_exit"
 REPORTS = frozenset({LOG, EVALUATE})
-_PRINT, _BOARD, _WANDB = "print_rank_last", "get_tensorboard_writer", "get_wandb_writer"
 _TOTAL_LOSSES = 1
 """Place of the loop's sums among the arguments of ``training_log``."""
 _FLOPS = 4
@@ -47,6 +47,7 @@ class BetweenSteps:
         self._is_told = self._step <= session.reported.get(self._key, 0)
         self._is_in_wandb = self._step <= session.reported.get(NOTED + self._key, 0)
         self._delivered: bool | None = None
+        self._told = ToldOnce(training)
 
     def make(self, original: Callable[..., Any], *args: Any, **named: Any) -> Any:
         if self._name == LOG:
@@ -61,7 +62,7 @@ class BetweenSteps:
                 self._position.flops = args[_FLOPS]
             if self._name in REPORTS:
                 self._rows.watch()
-            with self._quiet() if self._is_told and self._name in REPORTS else nullcontext():
+            with self._telling() if self._name in REPORTS else nullcontext():
                 result = original(*args, **named)
             self._is_told = self._is_in_wandb = True
             return self._agreed(result) if self._name == EXIT else result
@@ -99,21 +100,15 @@ class BetweenSteps:
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MIN)
         return bool(told.item())
 
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
+    def _telling(self) -> AbstractContextManager[None]:
         """What has been told is not told again. Where only W&B has lost it, upstream must find a board to write it."""
-        mute: dict[str, Callable[..., Any]] = {_PRINT: _nothing, _BOARD: _nothing, _WANDB: _nothing}
+        if not self._is_told:
+            return self._told.telling()
+        mute: dict[str, Callable[..., Any]] = {PRINT: _nothing, BOARD: _nothing, WANDB: _nothing}
         if not self._is_in_wandb:
-            del mute[_WANDB]
-            mute[_BOARD] = _Deaf
-        before = {name: getattr(self._training, name) for name in mute}
-        for name, function in mute.items():
-            setattr(self._training, name, function)
-        try:
-            yield
-        finally:
-            for name, function in before.items():
-                setattr(self._training, name, function)
+            del mute[WANDB]
+            mute[BOARD] = _Deaf
+        return replaced(self._training, mute)
 
 
 class _Deaf:

@@ -41,6 +41,16 @@ class Pace:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """In how many steps, and how many seconds of them a trainer has computed and has waited for others, since it
+    began. Only steps that no recovery disturbed are counted, and only what is done in them."""
+
+    steps: int = 0
+    computed: float = 0.0
+    waited: float = 0.0
+
+
+@dataclass(frozen=True)
 class Reading:
     """What a trainer was last seen to do; times are those of one monotonic clock, in seconds.
 
@@ -59,6 +69,7 @@ class Reading:
     longest: float
     seen: int
     was_timed: bool = False
+    spent: Spent = Spent()
 
 
 @dataclass(frozen=True)

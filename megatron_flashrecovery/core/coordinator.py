@@ -57,6 +57,7 @@ from megatron_flashrecovery.core.messages import (
     Release,
     Resume,
     SeatsDescribed,
+    StepsTimed,
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Draining, Executing, Finished, Halted, Staffing, Starting, Training
@@ -71,7 +72,7 @@ def handle(job: Job, event: Event, now: float) -> list[Command]:
     if isinstance(job.phase, Finished | Halted):
         return []
     commands = _apply(job, event, now)
-    if not isinstance(event, ClockTicked) or commands:
+    if not isinstance(event, ClockTicked | StepsTimed) or commands:
         job.story.append((now, job.epoch, type(job.phase).__name__, event))
     return commands
 
@@ -111,6 +112,10 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
             return _and_go_on(job, give_up_rank(job, event, now), now)
         case RanksHung():
             return note_hangs(job, event, now)
+        case StepsTimed():
+            if isinstance(job.phase, Training):
+                job.own_times.note(event, job.seats.peers_of, job.config.slow_factor, now)
+            return []
         case RanksFinished(ranks=ranks):
             return _record_finished(job, event, ranks)
         case _:

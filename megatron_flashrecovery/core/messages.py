@@ -172,6 +172,18 @@ class RanksHung:
 
 
 @dataclass(frozen=True)
+class StepsTimed:
+    """Mean seconds of a step that each rank of one node has computed, and has waited for others, in the steps since the
+    last time, up to ``step``. Told at most once in a second, and seldom while nothing changes."""
+
+    node: NodeId
+    epoch: Epoch
+    step: Step
+    computed: Mapping[Rank, float]
+    waited: Mapping[Rank, float]
+
+
+@dataclass(frozen=True)
 class NodeLost:
     """An agent is gone, and with it its workers and whatever they and it held."""
 
@@ -269,6 +281,7 @@ class ClockTicked:
 Event: TypeAlias = (
     WorkersLost
     | RanksHung
+    | StepsTimed
     | NodeLost
     | NodeJoined
     | SeatsDescribed

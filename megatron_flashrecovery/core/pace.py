@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
 
+NO_STEP = Step(0)
 STEP, BETWEEN = "a step", "between two steps"
 SAMPLES = 3
 
@@ -43,11 +44,13 @@ class Pace:
 @dataclass(frozen=True)
 class Spent:
     """In how many steps, and how many seconds of them a trainer has computed and has waited for others, since it
-    began. Only steps that no recovery disturbed are counted, and only what is done in them."""
+    began. Only steps that no recovery disturbed are counted, the last of them ``upto``, and only what is done in them.
+    """
 
     steps: int = 0
     computed: float = 0.0
     waited: float = 0.0
+    upto: Step = NO_STEP
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ _SLOTS_AT = (64, 576)
 """Stores go to these two in turns: by the parity of their number."""
 _PLACE = struct.Struct("<Qdd192sQ")
 """Number, since, longest, operation, number again."""
-_ACTIVITY = struct.Struct("<qQ?96sQdd")
-"""Step, seen, timed before, activity; steps that were timed, seconds computed and waited in them."""
+_ACTIVITY = struct.Struct("<qQ?96sQddq")
+"""Step, seen, timed before, activity; steps that were timed, seconds computed and waited in them, the last of them."""
 _ACTIVITY_AT = _PLACE.size
 _SLOT_NBYTES = _PLACE.size + _ACTIVITY.size
 _LOOKS = 10
@@ -86,6 +86,7 @@ class Pulse:
         """Since the start, or the last recovery: until then no silence is a usual one."""
         self._steps = 0
         self._computed = self._waited = 0.0
+        self._timed_upto = 0
 
     def beat(self) -> None:
         now = self._clock()
@@ -127,7 +128,9 @@ class Pulse:
                 self._steps += 1
                 self._computed += kind.spent[0]
                 self._waited += kind.spent[1]
-        self._turn_to(*before)
+                self._timed_upto = int(step)
+        # What follows a step is behind that step, not behind the one before the loop.
+        self._turn_to(before[0], int(step) if before[0] == BETWEEN else before[1])
 
     def begin(self, step: Step) -> None:
         """Whatever is not an activity of its own is between two steps from here on."""
@@ -204,7 +207,7 @@ class Pulse:
         self._head[0] = number
 
     def _write_activity(self, at: int, kind: _Kind) -> None:
-        totals = self._steps, self._computed, self._waited
+        totals = self._steps, self._computed, self._waited, self._timed_upto
         _ACTIVITY.pack_into(self._memory, at, self._step, kind.ended, kind.was_timed, kind.spelled, *totals)
 
 

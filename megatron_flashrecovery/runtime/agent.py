@@ -362,7 +362,7 @@ class Agent:
         return end.cause
 
     def _look_for_hangs(self) -> None:
-        if (told := self._watch.look(self._epoch, self._workers.seated())) is not None:
+        for told in self._watch.look(self._epoch, self._workers.seated()):
             self._control.send(told)
 
     def _refuses_to_start(self, end: WorkerEnded) -> bool:

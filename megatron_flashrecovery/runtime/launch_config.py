@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.core.job import JobConfig
 from megatron_flashrecovery.core.pace import Pace
 from megatron_flashrecovery.runtime.moment import Moment
 
@@ -114,7 +115,8 @@ class LaunchConfig:
     often *all* workers are started again; replacing lost ranks is not bounded. ``shutdown_timeout``: how long, in
     seconds, workers have to end by themselves after SIGTERM. ``preload``: workers are forked from a
     process that has done the script's imports. ``hooks`` (``module:function``) are called in each process before the
-    script is loaded. ``token`` is empty if the launcher is to draw one.
+    script is loaded. ``slow_factor``: whoever computes so many times as long as its peers is said to be
+    slow; 0: nobody is. ``token`` is empty if the launcher is to draw one.
     """
 
     script: str
@@ -134,6 +136,7 @@ class LaunchConfig:
     preload: bool = True
     hooks: tuple[str, ...] = ()
     deadlines: Deadlines = field(default_factory=Deadlines)
+    slow_factor: float = 1.5
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -153,6 +156,7 @@ class LaunchConfig:
             )
         if self.shutdown_timeout < 0:
             raise ConfigError(f"--shutdown-timeout {self.shutdown_timeout}: give seconds, or 0 to end workers at once")
+        JobConfig(slow_factor=self.slow_factor)
         for injection in self.injections:
             if injection.rank >= self.world_size:
                 raise ConfigError(

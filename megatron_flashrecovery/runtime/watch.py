@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import RanksHung
+from megatron_flashrecovery.core.messages import RanksHung, StepsTimed
 from megatron_flashrecovery.core.pace import STEP, Pace, Reading, judge
+from megatron_flashrecovery.core.timing import Timing
 from megatron_flashrecovery.detect import stacks
 from megatron_flashrecovery.detect.pulse import PulseReader, make_page
 from megatron_flashrecovery.runtime.dialogue import Raised
@@ -54,6 +55,7 @@ class Watch:
         self._told: tuple[frozenset[Rank], ...] = _NOBODY
         self._told_at = 0.0
         self._is_on = True
+        self._timing = Timing()
 
     def take(self, worker: WorkerId) -> tuple[int, int]:
         """The descriptors of its page and of the file for its stacks, to be passed on."""
@@ -65,20 +67,34 @@ class Watch:
         self._is_on = True
         self._not_before = self._looked = self._clock()
         self._told = _NOBODY
+        self._timing = Timing()
 
     def pause(self) -> None:
         self._is_on = False
 
-    def look(self, epoch: Epoch, seated: Iterable[tuple[Rank, Worker]]) -> RanksHung | None:
-        """What there is to tell: nothing, if it is what was told a moment ago."""
+    def look(self, epoch: Epoch, seated: Iterable[tuple[Rank, Worker]]) -> list[RanksHung | StepsTimed]:
+        """What there is to tell."""
         now = self._clock()
         if not self._is_on or now < self._looked + _EVERY:
-            return None
+            return []
         if now > self._looked + _ASLEEP:
             self._not_before = now
         self._looked = now
         found = {rank: self._reading(worker.id) for rank, worker in seated}
         readings = {rank: reading for rank, reading in found.items() if reading is not None}
+        told = self._hung(epoch, readings, now), self._timed(epoch, readings, now)
+        return [event for event in told if event is not None]
+
+    def _timed(self, epoch: Epoch, readings: Mapping[Rank, Reading], now: float) -> StepsTimed | None:
+        training = {rank: reading for rank, reading in readings.items() if reading.doing}
+        window = self._timing.look({rank: reading.spent for rank, reading in training.items()}, now)
+        if window is None:
+            return None
+        newest = max(reading.spent.upto for reading in training.values())
+        return StepsTimed(self._node, epoch, newest, window.computed, window.waited)
+
+    def _hung(self, epoch: Epoch, readings: Mapping[Rank, Reading], now: float) -> RanksHung | None:
+        """Nothing, if it is what was told a moment ago."""
         verdict = judge(readings, now, self._pace, self._not_before)
         seen = tuple(map(frozenset, (verdict.hung, verdict.waiting, verdict.silent, verdict.slow)))
         if seen == self._told and (seen == _NOBODY or now < self._told_at + _AGAIN):

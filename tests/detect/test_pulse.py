@@ -51,7 +51,7 @@ def test_a_reading_says_what_is_done_since_when_and_how_long_it_took_before(page
         found = reader.read()
     assert (found.doing, found.step, found.where) == ("a step", 7, "")
     assert (found.since, found.longest, found.seen) == (began, 4.0, 3)
-    assert reader.read().doing == BETWEEN
+    assert (reader.read().doing, reader.read().step) == (BETWEEN, 7)
 
 
 def test_waiting_has_a_duration_of_its_own(page, clock):
@@ -177,7 +177,7 @@ def test_only_the_own_time_of_whole_steps_is_summed_up(page, clock):
     with pulse.doing("a step", Step(3)):
         clock.now += 7.0
         pulse.enter("dp[0,2]#0", "allreduce")
-        assert reader.read().spent == Spent(2, 3.0, 6.0)
+        assert reader.read().spent == Spent(2, 3.0, 6.0, Step(2))
 
 
 def test_a_step_that_a_recovery_disturbed_is_not_timed(page, clock):
@@ -191,7 +191,7 @@ def test_a_step_that_a_recovery_disturbed_is_not_timed(page, clock):
         clock.now += 9.0
     with pulse.doing("a step", Step(2)):
         clock.now += 1.0
-    assert reader.read().spent == Spent(1, 1.0, 0.0)
+    assert reader.read().spent == Spent(1, 1.0, 0.0, Step(2))
 
 
 def test_a_step_that_is_computed_again_is_not_taken_for_the_call_that_was_cut_short_in_it(page):
@@ -199,8 +199,8 @@ def test_a_step_that_is_computed_again_is_not_taken_for_the_call_that_was_cut_sh
     pulse.beat()
     pulse.begin(Step(0))
     with pulse.doing("a step", Step(4)):
+        pulse.hold()
         with pytest.raises(KeyboardInterrupt), pulse.doing("timers.log", Step(3)):
-            pulse.hold()
             raise KeyboardInterrupt
         assert reader.read().doing == "timers.log", "it may still end the process"
         pulse.release()

@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--raise-at", type=int, default=-1, help="an exception in this step, again and again")
     parser.add_argument("--mismatch-at", type=int, default=-1, help="it waits in this step for who never comes")
     parser.add_argument("--once", type=Path, help="not again when this file exists")
+    parser.add_argument("--compute", type=float, default=0.0, help="seconds that every rank computes in a step")
+    parser.add_argument("--slow-from", type=int, default=-1, help="from this step on --only-rank computes much longer")
     parser.add_argument("--report", action="store_true", help="two guarded collectives behind every step")
     parser.add_argument("--on-sigterm", choices=("leave", "ignore"), help="leave: all ranks, after the same step")
     parser.add_argument("--enable-flash-recovery", action="store_true", help="as every script that is launched has it")
@@ -61,6 +63,8 @@ def main() -> None:
     )  # what follows the resume step is done by everybody
 
     def compute(step: int) -> StepRecord:
+        is_slow = 0 <= args.slow_from <= step and args.only_rank in (None, session.rank)
+        time.sleep(args.compute * (4 if is_slow else 1))
         if args.only_rank in (None, session.rank):
             if step == args.raise_at:
                 raise ValueError("the batch is empty")

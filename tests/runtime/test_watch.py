@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
+from megatron_flashrecovery.core.messages import RanksHung, StepsTimed
 from megatron_flashrecovery.core.pace import Pace
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.dialogue import Raised
@@ -44,15 +45,14 @@ def trainer(watch, clock, rank):
     return (Rank(rank), worker), pulse
 
 
-def wait(watch, clock, pulses, seconds, seated):
+def wait(watch, clock, pulses, seconds, seated, kind=RanksHung):
     """Time passes, the session's threads run, and the agent looks."""
     told = []
     for _ in range(int(seconds / 0.5)):
         clock.now += 0.5
         for pulse in pulses:
             pulse.beat()
-        if (event := watch.look(Epoch(0), seated)) is not None:
-            told.append(event)
+        told += [event for event in watch.look(Epoch(0), seated) if isinstance(event, kind)]
     return told
 
 
@@ -82,7 +82,7 @@ def test_an_agent_that_was_asleep_has_seen_nobody_hang(watch, clock):
     watch.look(Epoch(0), [seat])
     with pulse.doing("a step", Step(5)):
         clock.now += 100.0
-        assert watch.look(Epoch(0), [seat]) is None
+        assert watch.look(Epoch(0), [seat]) == []
         assert wait(watch, clock, [pulse], 8.0, [seat])[-1].hung
 
 
@@ -93,12 +93,25 @@ def test_whoever_could_make_nothing_of_it_hears_it_again(watch, clock):
     assert len(told) == 3
 
 
+def test_the_own_time_of_steps_is_told_once_they_have_been_made(watch, clock):
+    seat, pulse = trainer(watch, clock, 0)
+    watch.look(Epoch(0), [seat])
+    for step in range(4):
+        with pulse.doing("a step", Step(5 + step)):
+            clock.now += 0.2
+            pulse.enter("dp[0,1]#0", "allreduce")
+            clock.now += 0.1
+            pulse.leave()
+    (event,) = wait(watch, clock, [pulse], 0.5, [seat], StepsTimed)
+    assert event == StepsTimed(NodeId("node0"), Epoch(0), Step(8), {0: pytest.approx(0.2)}, {0: pytest.approx(0.1)})
+
+
 def test_the_last_words_of_a_dead_one_are_told_once(watch, clock):
     (rank, worker), pulse = trainer(watch, clock, 3)
     watch.note_raised(worker.id, Raised("ValueError at train.py:3 in step", "Traceback ..."))
     pulse.enter("tp[2,3]#0", "broadcast")
     words = watch.last_words(rank, worker.id)
-    assert (words.step, words.where, words.raised) == (0, "broadcast of tp[2,3]#0", "ValueError at train.py:3 in step")
+    assert (words.step, words.where, words.raised) == (4, "broadcast of tp[2,3]#0", "ValueError at train.py:3 in step")
     assert watch.last_words(rank, worker.id) == LastWords(rank, worker.id)
 
 

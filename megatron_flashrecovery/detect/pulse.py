@@ -13,10 +13,11 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import get_ident
 
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.core.pace import BETWEEN, SAMPLES, STEP, Reading, Spent
+from megatron_flashrecovery.core.pace import BETWEEN, SAMPLES, STEP, OnDevice, Reading, Spent
 
 PAGE_NBYTES = 4096
 _BEAT = struct.Struct("<dd")
@@ -31,7 +32,12 @@ _ACTIVITY = struct.Struct("<qQ?96sQddq")
 """Step, seen, timed before, activity; steps that were timed, seconds computed and waited in them, the last of them."""
 _ACTIVITY_AT = _PLACE.size
 _SLOT_NBYTES = _PLACE.size + _ACTIVITY.size
+_DEVICE = struct.Struct("<QQQQQ?d192sQ")
+"""Number, whether there is anything, number of the operation, issued, completed, reached, since, operation, number
+again. The session's thread alone writes it."""
+_DEVICE_AT = 1088
 _LOOKS = 10
+_NOTHING = OnDevice("", 0, False, 0, 0)
 
 
 def make_page() -> int:
@@ -87,6 +93,8 @@ class Pulse:
         self._steps = 0
         self._computed = self._waited = 0.0
         self._timed_upto = 0
+        self._looks = 0
+        self._device: OnDevice | None = None
 
     def beat(self) -> None:
         now = self._clock()
@@ -94,6 +102,20 @@ class Pulse:
             self._longest_pause = max(self._longest_pause, now - self._last_beat)
         self._last_beat = now
         _BEAT.pack_into(self._memory, 0, now, self._longest_pause)
+
+    def note_device(self, device: OnDevice | None) -> None:
+        """What the device has not completed. For the session's thread, now and then."""
+        before, self._device = self._device, None
+        if device is not None:
+            is_same = before is not None and _stuck_at(device) == _stuck_at(before)
+            self._device = replace(device, since=before.since if before is not None and is_same else self._clock())
+        elif before is None:
+            return
+        self._looks += 1
+        said = self._device or _NOTHING
+        numbers = self._device is not None, said.number, said.issued, said.completed, said.is_reached, said.since
+        where = said.operation.encode()[:192]
+        _DEVICE.pack_into(self._memory, _DEVICE_AT, self._looks, *numbers, where, self._looks)
 
     @contextmanager
     def doing(self, activity: str, step: Step) -> Iterator[None]:
@@ -235,13 +257,26 @@ class PulseReader:
                 return None
             step, seen, was_timed, doing, *spent = _ACTIVITY.unpack_from(slot, _ACTIVITY_AT)
             said = _text(doing), Step(step), _text(where)
-            return Reading(beat, longest_pause, *said, since, longest, seen, was_timed, Spent(*spent))
+            told = Spent(*spent), self._read_device()
+            return Reading(beat, longest_pause, *said, since, longest, seen, was_timed, *told)
+        return None
+
+    def _read_device(self) -> OnDevice | None:
+        for _ in range(_LOOKS):
+            state = _DEVICE.unpack(self._memory[_DEVICE_AT : _DEVICE_AT + _DEVICE.size])
+            first, is_behind, number, issued, completed, is_reached, since, where, again = state
+            if first == again:
+                return OnDevice(_text(where), number, is_reached, issued, completed, since) if is_behind else None
         return None
 
     def close(self) -> None:
         self._head.release()
         self._memory.close()
         os.close(self._page)
+
+
+def _stuck_at(device: OnDevice) -> tuple[str, int, bool, int]:
+    return device.operation, device.number, device.is_reached, device.completed
 
 
 def _text(padded: bytes) -> str:

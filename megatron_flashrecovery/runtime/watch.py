@@ -123,7 +123,7 @@ class Watch:
             worker,
             step=reading.step if reading and reading.doing else None,
             doing=reading.doing if reading else "",
-            where=reading.where if reading else "",
+            where=_where(reading) if reading else "",
             raised=raised.what if raised else None,
             traceback=raised.traceback if raised else "",
             stacks=stacks.read_from(watched.stacks),
@@ -139,6 +139,11 @@ class Watch:
     def _reading(self, worker: WorkerId) -> Reading | None:
         watched = self._watched.get(worker)
         return None if watched is None else watched.pulse.read()
+
+
+def _where(reading: Reading) -> str:
+    """The operation of its host, or of its device."""
+    return reading.where or (reading.device.operation if reading.device is not None else "")
 
 
 def in_words(words: LastWords) -> str:

@@ -3,11 +3,12 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.core.pace import BETWEEN, Spent
+from megatron_flashrecovery.core.pace import BETWEEN, OnDevice, Spent
 from megatron_flashrecovery.detect.pulse import _SLOTS_AT, Pulse, PulseReader, make_page
 
 
@@ -208,6 +209,23 @@ def test_a_step_that_is_computed_again_is_not_taken_for_the_call_that_was_cut_sh
         with pulse.doing("timers.log", Step(3)):
             pass
         assert reader.read().doing == "a step"
+
+
+def test_what_its_device_has_not_completed_is_told_with_since_when_it_gets_no_further(page, clock):
+    pulse, reader = page
+    pulse.beat()
+    pulse.begin(Step(0))
+    assert reader.read().device is None
+    before = OnDevice("allreduce of dp#0", 3, False, issued=7, completed=6)
+    pulse.note_device(before)
+    began = clock.now
+    clock.now += 4.0
+    pulse.note_device(replace(before, issued=9))
+    assert reader.read().device == OnDevice("allreduce of dp#0", 3, False, 9, 6, began)
+    pulse.note_device(replace(before, is_reached=True))
+    assert reader.read().device == OnDevice("allreduce of dp#0", 3, True, 7, 6, clock.now)
+    pulse.note_device(None)
+    assert reader.read().device is None
 
 
 def test_a_store_that_was_cut_short_is_not_seen(page):

@@ -88,7 +88,7 @@ _SLOW = "whoever computes so many times as long as its peers is said to be slow 
 _DEADLINES = {
     "heartbeat-interval": "how often an agent tells the controller that its node lives",
     "heartbeat-timeout": "after how long a silent node is lost",
-    "drain-timeout": "how long survivors have to stop",
+    "drain-timeout": "how long survivors have to stop, those that are busy with what usually takes longer left aside",
     "join-timeout": "how long a worker has to get ready",
     "execute-timeout": "how long the ranks have to execute a plan",
     "hang-timeout": "after how long something hangs that was never timed, a first step for instance (600; 0: never)",

@@ -23,11 +23,11 @@ SETTLED_AFTER = 1.0
 class JobConfig:
     """How long the coordinator waits, in seconds, and how often it tries.
 
-    ``drain_timeout`` bounds the time from an order to stop (or to get out of the way) to the report; ``drain_grace``
-    how long operations that should complete by themselves may take. ``max_rounds`` is how many deadlines in a row may
-    be missed, and how often one seat may be lost without progress, before the job falls back; ``max_restarts`` how
-    often all workers may be started from the top. ``hang_timeout`` is how long many ranks may hang at the same time.
-    Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is.
+    ``drain_timeout`` bounds the time from an order to stop (or to get out of the way) to the report of whoever is not
+    seen to be busy; ``drain_grace`` how long operations that should complete by themselves may take. ``max_rounds`` is
+    how many deadlines in a row may be missed, and how often one seat may be lost without progress, before the job falls
+    back; ``max_restarts`` how often all workers may be started from the top. ``hang_timeout`` is how long many ranks
+    may hang at the same time. Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is.
     """
 
     drain_timeout: float = 10.0
@@ -184,6 +184,8 @@ class Job:
                 return deadline
             case Draining() as phase:
                 moments = [*phase.joining.values(), phase.deadline]
+                if phase.stopped_since is not None:
+                    moments.append(phase.stopped_since + SETTLED_AFTER)
                 return min([*moments, phase.patient_until] if phase.waiting else moments)
             case Staffing(joining=joining):
                 return min(joining.values(), default=None)

@@ -160,7 +160,7 @@ class RanksHung:
     """All ranks of one node that hang, with the evidence, and those that have waited in an operation for longer than
     they ever did, with which; of the first, ``silent`` are those none of whose threads runs; ``slow`` may hang soon.
     Told when that changes, and now and then: whoever is not in it any more moves again. ``step`` is the newest in which
-    one of them is."""
+    one of them is. While ranks stop, ``busy`` are those that compute, and not for too long yet."""
 
     node: NodeId
     epoch: Epoch
@@ -169,6 +169,7 @@ class RanksHung:
     step: Step
     silent: tuple[Rank, ...] = ()
     slow: tuple[Rank, ...] = ()
+    busy: tuple[Rank, ...] = ()
 
 
 @dataclass(frozen=True)

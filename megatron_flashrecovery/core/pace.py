@@ -97,12 +97,14 @@ class Reading:
 @dataclass(frozen=True)
 class Verdict:
     """``hung`` with the evidence, ``silent`` of them those none of whose threads runs; ``waiting`` for longer than
-    ever, with what for. ``slow`` are on their way to hang: half of their limit is over."""
+    ever, with what for. ``slow`` are on their way to hang: half of their limit is over. ``busy`` are all that compute,
+    and neither hang nor wait."""
 
     hung: Mapping[Rank, str] = field(default_factory=dict)
     waiting: Mapping[Rank, str] = field(default_factory=dict)
     silent: tuple[Rank, ...] = ()
     slow: tuple[Rank, ...] = ()
+    busy: tuple[Rank, ...] = ()
 
 
 def judge(readings: Mapping[Rank, Reading], now: float, pace: Pace, not_before: float) -> Verdict:
@@ -141,7 +143,8 @@ def judge(readings: Mapping[Rank, Reading], now: float, pace: Pace, not_before: 
             waiting[rank] = f"{reading.where}, for {stretch:.1f} s in {reading.doing}"
         elif silence > pause / 2 or (stretch > limit / 2 and _is_at_its_own(reading)):
             slow.append(rank)
-    return Verdict(hung, waiting, tuple(silent), tuple(slow))
+    busy = [rank for rank, reading in readings.items() if reading.doing and _is_at_its_own(reading)]
+    return Verdict(hung, waiting, tuple(silent), tuple(slow), tuple(rank for rank in busy if rank not in hung))
 
 
 def _is_at_its_own(reading: Reading) -> bool:

@@ -118,6 +118,7 @@ class Agent:
             self._obey_one(order)
 
     def _obey_one(self, order: object) -> None:
+        self._watch.heed(order)
         match order:
             case node_messages.NodeWelcome(epoch=epoch, store_host=host, store_port=port):
                 if self._store[0]:
@@ -131,12 +132,10 @@ class Agent:
                 self._restart(order)
             case core.Park(epoch=epoch, number=number):
                 self._epoch, self._number = epoch, number
-                self._watch.pause()
                 self._to_all(order)
             case core.Resume(epoch=epoch, number=number):
                 self._epoch, self._number = epoch, number
                 self._to_all(order)
-                self._watch.go_on()
             case core.Release(number=number):
                 self._number, self._departures.released = number, True
                 self._to_all(order)

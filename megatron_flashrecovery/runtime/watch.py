@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import RanksHung, StepsTimed
+from megatron_flashrecovery.core.messages import ExecutePlan, Park, RanksHung, Resume, StepsTimed
 from megatron_flashrecovery.core.pace import STEP, Pace, Reading, judge
 from megatron_flashrecovery.core.timing import Timing
 from megatron_flashrecovery.detect import stacks
@@ -21,7 +21,7 @@ from megatron_flashrecovery.runtime.workers import Worker
 _EVERY = 0.25
 _AGAIN = 10.0
 """Seconds: whoever could make nothing of it the first time hears it again."""
-_NOBODY: tuple[frozenset[Rank], ...] = (frozenset(),) * 4
+_NOBODY: tuple[frozenset[Rank], ...] = (frozenset(),) * 5
 _ASLEEP = 1.0
 """Seconds between two looks: who was asleep for as long has seen nobody hang."""
 
@@ -44,7 +44,7 @@ class _Watched:
 
 
 class Watch:
-    """Looks only while its ranks train; ``clock`` is the one that the trainers have, too."""
+    """Looks while its ranks train, and while they stop; ``clock`` is the one that the trainers have, too."""
 
     def __init__(self, node: NodeId, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
         self._node = node
@@ -54,7 +54,7 @@ class Watch:
         self._not_before = self._looked = clock()
         self._told: tuple[frozenset[Rank], ...] = _NOBODY
         self._told_at = 0.0
-        self._is_on = True
+        self._is_on, self._is_stopping = True, False
         self._timing = Timing()
 
     def take(self, worker: WorkerId) -> tuple[int, int]:
@@ -64,13 +64,21 @@ class Watch:
 
     def go_on(self) -> None:
         """From now on ranks train; what was seen before counts no more."""
-        self._is_on = True
+        self._is_on, self._is_stopping = True, False
         self._not_before = self._looked = self._clock()
         self._told = _NOBODY
         self._timing = Timing()
 
-    def pause(self) -> None:
-        self._is_on = False
+    def heed(self, order: object) -> None:
+        """What the trainers of this node are told to do."""
+        match order:
+            case Park():  # who does not is busy, or hangs
+                self._is_on = self._is_stopping = True
+                self._told = _NOBODY
+            case ExecutePlan():  # nobody knows how long that takes
+                self._is_on = False
+            case Resume():
+                self.go_on()
 
     def look(self, epoch: Epoch, seated: Iterable[tuple[Rank, Worker]]) -> list[RanksHung | StepsTimed]:
         """What there is to tell."""
@@ -82,7 +90,7 @@ class Watch:
         self._looked = now
         found = {rank: self._reading(worker.id) for rank, worker in seated}
         readings = {rank: reading for rank, reading in found.items() if reading is not None}
-        told = self._hung(epoch, readings, now), self._timed(epoch, readings, now)
+        told = self._hung(epoch, readings, now), None if self._is_stopping else self._timed(epoch, readings, now)
         return [event for event in told if event is not None]
 
     def _timed(self, epoch: Epoch, readings: Mapping[Rank, Reading], now: float) -> StepsTimed | None:
@@ -96,12 +104,15 @@ class Watch:
     def _hung(self, epoch: Epoch, readings: Mapping[Rank, Reading], now: float) -> RanksHung | None:
         """Nothing, if it is what was told a moment ago."""
         verdict = judge(readings, now, self._pace, self._not_before)
-        seen = tuple(map(frozenset, (verdict.hung, verdict.waiting, verdict.silent, verdict.slow)))
+        # Of those that stop it only matters why they have not; of those that train, that most of them compute does not.
+        verdict = replace(verdict, waiting={}, slow=()) if self._is_stopping else replace(verdict, busy=())
+        seen = tuple(map(frozenset, (verdict.hung, verdict.waiting, verdict.silent, verdict.slow, verdict.busy)))
         if seen == self._told and (seen == _NOBODY or now < self._told_at + _AGAIN):
             return None
         self._told, self._told_at = seen, now
         newest = max((readings[rank].step for rank in (*verdict.hung, *verdict.waiting)), default=Step(0))
-        return RanksHung(self._node, epoch, verdict.hung, verdict.waiting, newest, verdict.silent, verdict.slow)
+        others = verdict.silent, verdict.slow, verdict.busy
+        return RanksHung(self._node, epoch, verdict.hung, verdict.waiting, newest, *others)
 
     def note_raised(self, worker: WorkerId, raised: Raised) -> None:
         if worker in self._watched:

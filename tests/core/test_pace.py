@@ -6,7 +6,7 @@ import pytest
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.pace import BETWEEN, OnDevice, Pace, Reading, Verdict, judge
+from megatron_flashrecovery.core.pace import BETWEEN, OnDevice, Pace, Reading, judge
 
 NOW = 1000.0
 PACE = Pace(unknown=600.0)
@@ -63,6 +63,19 @@ def test_who_comes_near_its_limit_is_slow():
     assert verdict.slow == (3,)
 
 
+def test_who_computes_and_does_not_hang_is_busy():
+    readings = {
+        Rank(0): reading(computing=40.0, longest=20.0),
+        Rank(1): reading(computing=90.0, longest=20.0),
+        Rank(2): reading(computing=1.0, where="barrier of world#0"),
+        Rank(3): reading(computing=1.0, doing=""),
+        Rank(4): reading(computing=1.0, silent=6.0),
+        Rank(5): on_device(True, lag=1.0, computing=1.0),
+        Rank(6): on_device(False, lag=1.0, computing=1.0, where="barrier of world#0"),
+    }
+    assert judge(readings, NOW, PACE, 0.0).busy == (0, 6)
+
+
 def test_who_waits_is_no_suspect_but_is_known_to_wait():
     verdict = judge({Rank(3): reading(computing=7.0, where="barrier of world#0")}, NOW, PACE, 0.0)
     assert not verdict.hung
@@ -95,7 +108,8 @@ def test_whose_device_waits_for_others_is_no_suspect_although_its_host_looks_as_
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_device_that_gets_on_hangs_no_more_than_its_host_that_waits_for_it(reached):
     verdict = judge({Rank(3): on_device(reached, lag=1.0, computing=60.0)}, NOW, PACE, 0.0)
-    assert verdict == Verdict()
+    assert not verdict.hung
+    assert not verdict.waiting
 
 
 def test_a_host_that_hangs_with_nothing_left_on_its_device_hangs():

@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--only-rank", type=int, help="and only this rank")
     parser.add_argument("--raise-at", type=int, default=-1, help="an exception in this step, again and again")
     parser.add_argument("--mismatch-at", type=int, default=-1, help="it waits in this step for who never comes")
+    parser.add_argument("--nap-at", type=int, default=-1, help="something long in this step, before any operation")
+    parser.add_argument("--nap", type=float, default=8.0, help="how long, in seconds")
     parser.add_argument("--once", type=Path, help="not again when this file exists")
     parser.add_argument("--compute", type=float, default=0.0, help="seconds that every rank computes in a step")
     parser.add_argument("--slow-from", type=int, default=-1, help="from this step on --only-rank computes much longer")
@@ -68,6 +70,8 @@ def main() -> None:
         if args.only_rank in (None, session.rank):
             if step == args.raise_at:
                 raise ValueError("the batch is empty")
+            if step == args.nap_at and (args.once is None or _is_first(args.once)):
+                time.sleep(args.nap)
             if step == args.mismatch_at and (args.once is None or _is_first(args.once)):
                 dist.barrier(everybody)
         return toy.step(session)

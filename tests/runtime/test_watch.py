@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import RanksHung, StepsTimed
+from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.messages import ExecutePlan, Park, RanksHung, Resume, StepsTimed
 from megatron_flashrecovery.core.pace import Pace
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.dialogue import Raised
@@ -67,12 +67,30 @@ def test_one_that_computes_for_ever_is_told_once_and_again_when_it_goes_on(watch
     assert not event.hung
 
 
-def test_nobody_is_looked_at_while_the_job_recovers(watch, clock):
+PARK = Park(Epoch(1), OrderNumber(1), ())
+EXECUTE = ExecutePlan(NodeId("node0"), Epoch(1), OrderNumber(2), Step(4), False, ())
+RESUME = Resume(Epoch(1), OrderNumber(3), Step(4))
+
+
+def test_of_those_that_are_to_stop_it_is_told_who_is_busy_and_who_runs_no_more(watch, clock):
+    (seat, pulse), (other, waiting), (third, stopped) = (trainer(watch, clock, rank) for rank in range(3))
+    for each in (pulse, waiting, stopped):
+        each.doing("a step", Step(5)).__enter__()
+    watch.heed(PARK)
+    waiting.enter("", "the order how to go on")
+    told = wait(watch, clock, [pulse, waiting], 12.0, [seat, other, third])
+    assert [(event.busy, event.silent) for event in told[:2]] == [((0, 2), ()), ((), (2,))]
+    assert told[1].hung.keys() == {0, 2}, "both are at their limits"
+    assert not any(event.waiting or event.slow for event in told)
+
+
+def test_nobody_is_looked_at_while_a_plan_is_executed(watch, clock):
     seat, pulse = trainer(watch, clock, 0)
-    watch.pause()
+    watch.heed(PARK)
+    watch.heed(EXECUTE)
     with pulse.doing("a step", Step(5)):
         assert wait(watch, clock, [pulse], 60.0, [seat]) == []
-        watch.go_on()
+        watch.heed(RESUME)
         assert not any(event.hung for event in wait(watch, clock, [pulse], 4.0, [seat]))
         assert wait(watch, clock, [pulse], 4.0, [seat])[-1].hung
 

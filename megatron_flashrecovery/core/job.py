@@ -191,6 +191,8 @@ class Job:
                 return min(joining.values(), default=None)
             case Executing(deadline=deadline):
                 return deadline
+            case Training() if self.hangs.crowd_since is not None:
+                return self.hangs.crowd_since + self.config.hang_timeout
             case Training():
                 return None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
             case _:

@@ -97,8 +97,8 @@ class BadLuck:
         hung = {worker.rank for worker in self.world.living() if worker.is_hung}
         if not hung:
             return False
-        if not isinstance(self.world.job.phase, Training) or len(hung) > few(self.world.settings.model.size):
-            # Before the first step nobody has a limit, and of many nobody knows who is to blame.
+        if not isinstance(self.world.job.phase, Training) or len(hung) > few(len(hung)):
+            # Before the first step nobody has a limit, and of many nobody knows who is to blame: all others wait.
             for worker in self.world.living():
                 if worker.is_hung:
                     worker.agent.lose([worker.rank], "hangs")

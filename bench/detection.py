@@ -2,8 +2,12 @@
 new epoch that the controller opens for it. Ten of each kind in one run of the toy job of four ranks.
 
 A hang is seen when it is longer than a limit that the run has learnt; of that the table shows what comes on top. The
-toy's steps take milliseconds, so its limit is the least that there is. The last figure counts the ranks that were said
-to hang in 2,000 undisturbed steps while both cores are busy with something else.
+toy's steps take milliseconds, so its limit is the least that there is. A slow rank is named after some steps in a row:
+the table counts them, for steps of a second.
+
+The false alarms are those of 2,000 undisturbed steps, the first of which takes twenty times as long, with evaluations
+and with checkpoints that rank 0 writes alone, while both cores are busy with something else. The last figure is what it
+costs a rank to say in its page what it waits in.
 """
 
 from __future__ import annotations
@@ -12,13 +16,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bench.launched import with_recovery
 from bench.report import Figure, write
-from megatron_flashrecovery.core.pace import Pace
+from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.core.pace import STEP, Pace
+from megatron_flashrecovery.core.slowness import WINDOWS
+from megatron_flashrecovery.detect.pulse import Pulse, make_page
 from megatron_flashrecovery.runtime.journal import FILE_NAME, read_journal
 from megatron_flashrecovery.runtime.summary import read_summary
 from tests.processes.launcher import TOY, Job
@@ -27,6 +36,16 @@ TIMES, EVERY, RANKS = 10, 10, 4
 ENDS = ("kill", "segv", "abort", "exception", "exit")
 HANGS = ("stop", "loop", "gil")
 CALM_STEPS = 2000
+CALM = (
+    *("--steps", str(CALM_STEPS), "--report", "--slow-first", "1.0"),
+    *("--evaluate-every", "100", "--save-every", "250"),
+)
+SLOW_RANK, SLOW_FROM, SLOW_FOR, SLOW_EVERY = 2, 20, 9, 39
+"""Nine steps of a second, then thirty of a quarter: enough for it to be forgotten."""
+SLOW = (
+    *("--steps", str(SLOW_FROM + TIMES * SLOW_EVERY), "--compute", "0.25", "--only-rank", str(SLOW_RANK)),
+    *("--slow-from", str(SLOW_FROM), "--slow-for", str(SLOW_FOR), "--slow-every", str(SLOW_EVERY)),
+)
 _TIMEOUT = 580.0
 _LIMIT = Pace().least
 
@@ -38,8 +57,11 @@ def main() -> None:
     for kind in (*ENDS, *HANGS):
         with tempfile.TemporaryDirectory() as directory:
             samples[kind] = detect(kind, Path(directory))
+    with tempfile.TemporaryDirectory() as directory:
+        samples["slow"] = slow_steps(Path(directory))
     with tempfile.TemporaryDirectory() as directory, busy_cores():
-        samples["false alarms"] = [float(false_alarms(Path(directory)))]
+        samples["said to hang"], samples["said to be slow"] = ([float(n)] for n in false_alarms(Path(directory)))
+    samples["page"] = page_seconds()
     write("detection", figures(samples), samples)
 
 
@@ -53,8 +75,16 @@ def figures(samples: Samples) -> list[Figure]:
         what = f"detection of {kind}, beyond the learnt limit of {_LIMIT:g} s"
         found.append(Figure(f"{what}, median of {TIMES}", statistics.median(beyond), "s"))
         found.append(Figure(f"{what}, worst", max(beyond), "s", at_most=5.0))
-    calm = f"ranks said to hang in {CALM_STEPS} steps beside busy cores"
-    found.append(Figure(calm, samples["false alarms"][0], "", at_most=0.0))
+    slow = f"a rank four times as slow is named, median of {TIMES}"
+    found.append(Figure(slow, statistics.median(samples["slow"]), "steps"))
+    found.append(
+        Figure("a rank four times as slow is named, worst", max(samples["slow"]), "steps", at_most=WINDOWS + 1)
+    )
+    for said in ("hang", "be slow"):
+        calm = f"ranks said to {said} in {CALM_STEPS} steps beside busy cores"
+        found.append(Figure(calm, samples[f"said to {said}"][0], "", at_most=0.0))
+    page = statistics.median(samples["page"]) * 1e6
+    found.append(Figure("to say what a rank waits in, and that it goes on", page, "us", at_most=3.0))
     return found
 
 
@@ -68,11 +98,42 @@ def detect(kind: str, directory: Path) -> list[float]:
     return [recovery.seconds.detect for recovery in recoveries]
 
 
-def false_alarms(directory: Path) -> int:
-    with with_recovery(Job(TOY, RANKS, ("--steps", str(CALM_STEPS), "--report")), directory) as launched:
+def slow_steps(directory: Path, arguments: tuple[str, ...] = SLOW) -> list[float]:
+    """How many slow steps there were when it was named, each time."""
+    with with_recovery(Job(TOY, RANKS, arguments), directory) as launched:
         launched.must_end(_TIMEOUT)
-    told = [line.body for line in read_journal(directory / FILE_NAME) if line.name == "RanksHung"]
-    return sum(len(body["hung"]) + len(body["waiting"]) for body in told)
+    newest, steps = 0, []
+    for line in read_journal(directory / FILE_NAME):
+        if line.name == "StepsTimed":
+            newest = int(line.body["step"])
+        elif line.name == "SlowNoted" and line.body["evidence"] is not None:
+            assert line.body["rank"] == SLOW_RANK, line
+            steps.append(float((newest - SLOW_FROM) % SLOW_EVERY))
+    return steps
+
+
+def false_alarms(directory: Path, arguments: tuple[str, ...] = CALM) -> tuple[int, int]:
+    """How many ranks were said to hang or to wait for too long, and how many to be slow."""
+    with with_recovery(Job(TOY, RANKS, arguments), directory) as launched:
+        launched.must_end(_TIMEOUT)
+    lines = list(read_journal(directory / FILE_NAME))
+    hung = [len(line.body["hung"]) + len(line.body["waiting"]) for line in lines if line.name == "RanksHung"]
+    slow = [line for line in lines if line.name == "SlowNoted" and line.body["evidence"] is not None]
+    return sum(hung), len(slow)
+
+
+def page_seconds(number: int = 5000, times: int = 20) -> list[float]:
+    """CPU time, for what else this machine does is not its cost."""
+    pulse = Pulse(make_page())
+    pulse.begin(Step(0))
+
+    def enter_and_leave() -> None:
+        pulse.enter("DATA_PARALLEL_GROUP[0,2,4,6]#0", "allreduce")
+        pulse.leave()
+
+    with pulse.doing(STEP, Step(1)):
+        found = timeit.repeat(enter_and_leave, number=number, repeat=times, timer=time.process_time)
+    return [seconds / number for seconds in found]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,23 @@ class GroupIdentity:
         return len(self.ranks)
 
 
+class Progress(Enum):
+    """Where the device is, seen from an operation that was issued."""
+
+    BEFORE = "before"
+    """At something of its own that was issued earlier."""
+    INSIDE = "inside"
+    """All that was issued earlier is done, and only the others are waited for."""
+    OVER = "over"
+
+
+class Mark(Protocol):
+    """Put on the device's stream right before an operation was issued."""
+
+    def look(self, works: Sequence[dist.Work | None]) -> Progress:
+        """Of the operation that these works are. From any thread; does not block, and raises nothing."""
+
+
 class Transport(Protocol):
     """One backend of one communicator."""
 
@@ -53,6 +71,10 @@ class Transport(Protocol):
 
     def connect(self) -> None:
         """Set up what would otherwise be set up by the first operation. A collective call."""
+
+    def mark(self) -> Mark | None:
+        """On the thread that issues an operation, right before. ``None`` if that is no longer under way than the host
+        waits for it."""
 
     def wait(self, work: dist.Work, timeout: timedelta | None) -> None:
         """Wait as the framework would: on the host for gloo, on the stream for NCCL."""

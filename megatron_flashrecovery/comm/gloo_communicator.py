@@ -56,6 +56,9 @@ class GlooTransport:
     def connect(self) -> None:
         """Gloo connects everybody when it is created."""
 
+    def mark(self) -> None:
+        """Whoever is behind is inside of an operation, and says so."""
+
     def wait(self, work: dist.Work, timeout: timedelta | None) -> None:
         work.wait() if timeout is None else work.wait(timeout)
 

@@ -278,7 +278,8 @@ class FlashGroup(dist.ProcessGroup):
         try:
             tree = self.tree
             carrier = tree if tree is not None and len(calls) == 1 and tree.carries(calls[0]) else self.live()
-            pending.begin(carrier, entry, carrier.issue(calls, pending.device))
+            mark = carrier.transport(calls[0].outputs or calls[0].inputs).mark()
+            pending.begin(carrier, entry, carrier.issue(calls, pending.device), mark)
         except (RuntimeError, ValueError, TypeError) as error:
             self.ledger.fail(entry, _first_line(error))
             raise

@@ -117,6 +117,10 @@ class Ledger:
         if len(self._outstanding) > _OUTSTANDING_BEFORE_POLL:
             self.refresh()
 
+    def under_way(self) -> list[Pollable]:
+        """Operations that nobody has seen the end of, the oldest first. From any thread."""
+        return list(self._outstanding.values())
+
     def received_from(self, rank: Rank) -> None:
         """A receive from anybody turned out to be from this rank."""
         with self._lock:

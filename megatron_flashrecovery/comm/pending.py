@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megatron_flashrecovery.comm.communicator import Communicator, Severed, sever_together
+from megatron_flashrecovery.comm.communicator import Communicator, Mark, Progress, Severed, sever_together
 from megatron_flashrecovery.comm.ledger import Entry
 from megatron_flashrecovery.comm.operation import POINT_TO_POINT, Call
 from megatron_flashrecovery.comm.recording import Slot
@@ -38,18 +39,33 @@ class PendingWork(dist.Work):
         self._group = group
         self._carrier: Communicator | Tree | None = None
         self._works: Sequence[dist.Work | None] = ()
+        self._mark: Mark | None = None
+        self.issued_at = 0.0
         self._error: Exception | None = None
         self._done = False
         self._waiter: threading.Thread | None = None
         # Waiting twice for a gloo point-to-point work blocks for ever: the second waits for a second message.
         self._lock = threading.Lock()
 
-    def begin(self, carrier: Communicator | Tree, entry: Entry, works: Sequence[dist.Work | None]) -> None:
+    def begin(
+        self,
+        carrier: Communicator | Tree,
+        entry: Entry,
+        works: Sequence[dist.Work | None],
+        mark: Mark | None = None,
+    ) -> None:
         """An attempt: the operation is now under way on this carrier."""
         self._carrier = carrier
+        if mark is not None:
+            self._mark, self.issued_at = mark, time.monotonic()
         self._works = works
         self.entry = entry
         self._waiter = None
+
+    def progress(self) -> Progress:
+        """How far the device is with it, as far as the host does not wait for it anyway. From any thread."""
+        mark, works = self._mark, self._works
+        return Progress.OVER if mark is None or not works else mark.look(works)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Raises ``Severed`` for a work that a recovery discarded: its outputs are nobody's."""
@@ -100,7 +116,7 @@ class PendingWork(dist.Work):
         if first is not None and self.calls[0].name == "recv_anysource" and self._error is None:
             self.source = first._source_rank()
         self._done = True
-        self._carrier = None
+        self._carrier = self._mark = None
         self._works = ()
 
     def sever(self, reason: str) -> None:
@@ -109,7 +125,7 @@ class PendingWork(dist.Work):
 
     def abandon(self) -> None:
         """The attempt failed. What it holds of its communicator goes now, not with the next garbage collection."""
-        self._carrier = None
+        self._carrier = self._mark = None
         self._works = ()
         self._error = None
 

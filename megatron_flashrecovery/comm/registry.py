@@ -12,6 +12,7 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
+from megatron_flashrecovery.comm.backlog import backlog
 from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, sever_together
 from megatron_flashrecovery.comm.counterpart import device_of
 from megatron_flashrecovery.comm.gloo_communicator import GlooTransport
@@ -26,6 +27,7 @@ from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Watch, Whereabouts
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank
 from megatron_flashrecovery.core.messages import GroupCount, Match, Spot
+from megatron_flashrecovery.core.pace import OnDevice
 
 TRANSPORTS = (GlooTransport, NcclTransport)
 _RANKS_SPELLED_OUT = 16
@@ -100,6 +102,10 @@ class GroupRegistry:
     def standing(self) -> tuple[Spot, float] | None:
         """The operation inside which a thread is blocked right now, and since when on the monotonic clock."""
         return self._whereabouts.standing()
+
+    def backlog(self) -> OnDevice | None:
+        """From any thread."""
+        return backlog(self._alive().values())
 
     def outstanding(self) -> bool:
         return any(group.ledger.has_outstanding for group in self._alive().values())

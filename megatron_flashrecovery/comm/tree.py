@@ -69,6 +69,9 @@ class Tree:
     def transport(self, tensors: Sequence[torch.Tensor]) -> Tree:
         return self
 
+    def mark(self) -> None:
+        """Operations are over when they have been issued."""
+
     def wait(self, work: object, timeout: timedelta | None) -> None:
         """Operations are over when they have been issued."""
 

@@ -74,6 +74,7 @@ def add_arguments(parser: Arguments) -> None:
     add("--overwrite", action="store_true", help="delete the records of an earlier run in --log-dir")
     for name, what in _DEADLINES.items():
         add(f"--{name}", type=float, default=None, metavar="SECONDS", help=what)
+    add("--slow-factor", type=float, default=1.5, metavar="FACTOR", help=_SLOW)
     parser.add_argument("script", metavar="SCRIPT", help="the training script")
     parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="flags of the script")
 
@@ -83,10 +84,11 @@ _FAULT = (
     "at: forward, backward, grad_sync, optimizer, mirror, between"
 )
 _SHUTDOWN = "how long workers have to end by themselves after SIGTERM (30)"
+_SLOW = "whoever computes so many times as long as its peers is said to be slow (1.5; 0: nobody)"
 _DEADLINES = {
     "heartbeat-interval": "how often an agent tells the controller that its node lives",
     "heartbeat-timeout": "after how long a silent node is lost",
-    "drain-timeout": "how long survivors have to stop",
+    "drain-timeout": "how long survivors have to stop, those that are busy with what usually takes longer left aside",
     "join-timeout": "how long a worker has to get ready",
     "execute-timeout": "how long the ranks have to execute a plan",
     "hang-timeout": "after how long something hangs that was never timed, a first step for instance (600; 0: never)",
@@ -134,6 +136,7 @@ def launch_config(arguments: argparse.Namespace, environment: Mapping[str, str])
         preload=not arguments.no_preload,
         hooks=HOOKS if "--enable-flash-recovery" in arguments.script_args else (),
         deadlines=Deadlines(**{name: value for name, value in deadlines.items() if value is not None}),
+        slow_factor=arguments.slow_factor,
         token=environment.get(TOKEN, ""),
     )
 

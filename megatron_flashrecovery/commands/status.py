@@ -58,6 +58,8 @@ def tell(status: Status, now: float) -> Iterator[str]:
             f"{_count(status.recoveries, 'recovery', 'recoveries')}; the last, in epoch {last.epoch}: {last.cause}; "
             f"it went on from step {last.resume_step} after {last.seconds:.2f} s"
         )
+    for rank, evidence in sorted(status.slow.items()):
+        yield f"rank {rank} is slow: {evidence}"
     if status.restarts:
         yield f"{_count(status.restarts, 'restart')} of all workers"
     if status.checkpoint is not None:

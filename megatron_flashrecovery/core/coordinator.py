@@ -13,7 +13,8 @@
 | Staffing | no step that all can produce | Starting or Halted | RestartAll from a checkpoint, or Stop |
 | Executing | last rank has executed | Training | Resume |
 | Draining, Staffing, Executing | loss | Draining, epoch + 1 | Park, StartWorkers |
-| Draining, Staffing | rank overdue | Draining, epoch + 1 | Fence, Park, StartWorkers |
+| Draining, Staffing | rank overdue, and not busy | Draining, epoch + 1 | Fence, Park, StartWorkers |
+| Draining | a few ranks none of whose threads runs | Draining, epoch + 1 | Fence, Park, StartWorkers |
 | Executing | overdue | Draining, epoch + 1 | Park |
 | Training | last rank finished | Finished | Release |
 
@@ -35,7 +36,7 @@ from typing import NoReturn
 from megatron_flashrecovery.core.answers import known_results
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, Wait, decide_drain
 from megatron_flashrecovery.core.errors import ImpossibleTransition
-from megatron_flashrecovery.core.hangs import check_hangs, note_hangs
+from megatron_flashrecovery.core.hangs import check_hangs, end_hung, note_hangs
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.job import Job, JobConfig
 from megatron_flashrecovery.core.losses import give_up_rank, lose_node, lose_workers
@@ -57,8 +58,10 @@ from megatron_flashrecovery.core.messages import (
     Release,
     Resume,
     SeatsDescribed,
+    StepsTimed,
     WorkersLost,
 )
+from megatron_flashrecovery.core.overdue import LOOK_AGAIN, note_watched, overdue_ranks, stopped_for_good
 from megatron_flashrecovery.core.phases import Draining, Executing, Finished, Halted, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Holdings, Unrecoverable, plan_recovery
 from megatron_flashrecovery.core.staffing import fall_back, fence, fill_homeless, halt, open_epoch
@@ -71,7 +74,7 @@ def handle(job: Job, event: Event, now: float) -> list[Command]:
     if isinstance(job.phase, Finished | Halted):
         return []
     commands = _apply(job, event, now)
-    if not isinstance(event, ClockTicked) or commands:
+    if not isinstance(event, ClockTicked | StepsTimed) or commands:
         job.story.append((now, job.epoch, type(job.phase).__name__, event))
     return commands
 
@@ -110,7 +113,15 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
         case PlanFailed():
             return _and_go_on(job, give_up_rank(job, event, now), now)
         case RanksHung():
-            return note_hangs(job, event, now)
+            if isinstance(job.phase, Training):
+                note_hangs(job, event, now)
+            elif isinstance(job.phase, Draining):
+                note_watched(job.phase, event, now)
+            return []
+        case StepsTimed():
+            if isinstance(job.phase, Training):
+                job.own_times.note(event, job.seats.peers_of, job.config.slow_factor, now)
+            return []
         case RanksFinished(ranks=ranks):
             return _record_finished(job, event, ranks)
         case _:
@@ -337,11 +348,15 @@ def _check_deadlines(job: Job, now: float) -> list[Command]:
 def _check_drain(job: Job, phase: Draining, now: float) -> list[Command]:
     if not phase.silent and (phase.waiting is None or phase.waiting.groups):
         return _go_on(job, now)
+    if phase.silent and (stopped := stopped_for_good(job, phase, now)):
+        return end_hung(job, stopped, now) + _go_on(job, now)
     if now < phase.deadline:
         return []
     if phase.silent:
-        late = [rank for rank in job.seats.node_of if rank not in phase.heard and rank not in phase.joining]
-        return _fence_late(job, late, "did not stop in time", now)
+        if late := overdue_ranks(job, phase):
+            return _fence_late(job, late, "did not stop in time", now)
+        phase.deadline = now + LOOK_AGAIN
+        return []
     assert phase.waiting is not None
     return _fence_late(job, sorted(phase.census.blocked & phase.waiting.ranks), "could not be freed in time", now)
 

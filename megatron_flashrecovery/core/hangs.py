@@ -20,9 +20,8 @@ _SURE_AFTER = 60.0
 """Seconds: to go back once costs next to nothing, but a network that stumbles twice must not end the job."""
 
 
-def note_hangs(job: Job, event: RanksHung, now: float) -> list[Command]:
-    if not isinstance(job.phase, Training):
-        return []
+def note_hangs(job: Job, event: RanksHung, now: float) -> None:
+    """While everybody trains."""
     hangs = job.hangs
     before = hangs.hung.keys()
     hangs.told[event.node] = event
@@ -35,7 +34,6 @@ def note_hangs(job: Job, event: RanksHung, now: float) -> list[Command]:
         hangs.waiting_since = None
     elif hangs.waiting_since is None:
         hangs.waiting_since = now
-    return []
 
 
 def check_hangs(job: Job, now: float) -> list[Command]:
@@ -50,7 +48,7 @@ def _end_hung(job: Job, now: float) -> list[Command]:
     hung, silent = hangs.hung, hangs.silent
     if silent and len(silent) <= few(seats):
         # Nobody but themselves keeps their threads from running, whatever all others wait for.
-        return _end(job, {rank: hung[rank] for rank in silent}, now)
+        return end_hung(job, {rank: hung[rank] for rank in silent}, now)
     at_most = few(seats - len(hangs.waiting))
     if len(hung) > at_most and hangs.crowd_since is None:
         hangs.crowd_since = now
@@ -62,10 +60,10 @@ def _end_hung(job: Job, now: float) -> list[Command]:
             return fall_back(job, f"{len(hung)} ranks hang at the same time: {_first(hung)}", now)
     elif len(hung.keys() | hangs.slow) > at_most:
         return []
-    return _end(job, hung, now)
+    return end_hung(job, hung, now)
 
 
-def _end(job: Job, hung: Mapping[Rank, str], now: float) -> list[Command]:
+def end_hung(job: Job, hung: Mapping[Rank, str], now: float) -> list[Command]:
     why = "; ".join(f"rank {rank} hangs: {evidence}" for rank, evidence in sorted(hung.items())[:_SHOWN])
     return fence(job, {rank: f"hangs: {evidence}" for rank, evidence in hung.items()}, why, now)
 

@@ -13,6 +13,7 @@ from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staff
 from megatron_flashrecovery.core.planner import Origin
 from megatron_flashrecovery.core.recovery import Recovery, Timeline
 from megatron_flashrecovery.core.seats import Seats
+from megatron_flashrecovery.core.slowness import OwnTimes
 
 SETTLED_AFTER = 1.0
 """Seconds: whoever hangs with others is seen at about the same time as they are."""
@@ -22,10 +23,11 @@ SETTLED_AFTER = 1.0
 class JobConfig:
     """How long the coordinator waits, in seconds, and how often it tries.
 
-    ``drain_timeout`` bounds the time from an order to stop (or to get out of the way) to the report; ``drain_grace``
-    how long operations that should complete by themselves may take. ``max_rounds`` is how many deadlines in a row may
-    be missed, and how often one seat may be lost without progress, before the job falls back; ``max_restarts`` how
-    often all workers may be started from the top. ``hang_timeout`` is how long many ranks may hang at the same time.
+    ``drain_timeout`` bounds the time from an order to stop (or to get out of the way) to the report of whoever is not
+    seen to be busy; ``drain_grace`` how long operations that should complete by themselves may take. ``max_rounds`` is
+    how many deadlines in a row may be missed, and how often one seat may be lost without progress, before the job falls
+    back; ``max_restarts`` how often all workers may be started from the top. ``hang_timeout`` is how long many ranks
+    may hang at the same time. Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is.
     """
 
     drain_timeout: float = 10.0
@@ -35,6 +37,7 @@ class JobConfig:
     max_rounds: int = 3
     max_restarts: int = 3
     hang_timeout: float = 600.0
+    slow_factor: float = 1.5
 
     def __post_init__(self) -> None:
         if not 0 < self.drain_grace <= self.drain_timeout:
@@ -43,6 +46,8 @@ class JobConfig:
             raise ConfigError("join_timeout and execute_timeout must be positive")
         if self.max_rounds < 1 or self.max_restarts < 0:
             raise ConfigError("max_rounds must be at least 1 and max_restarts at least 0")
+        if self.slow_factor != 0 and self.slow_factor <= 1:
+            raise ConfigError(f"--slow-factor {self.slow_factor:g}: give more than 1, or 0 to look for no slow ranks")
 
 
 @dataclass
@@ -119,6 +124,7 @@ class Job:
         """Everybody trains again, or starts from the top: what was known of the recovery is of no more use."""
         self.timeline: Timeline | None = None
         self.hangs = Hangs()
+        self.own_times = OwnTimes()
         self.lost: set[Rank] = set()
         """Seats vacated since everybody last trained."""
         self.vault: dict[Rank, tuple[Step, ...]] = {}
@@ -178,11 +184,15 @@ class Job:
                 return deadline
             case Draining() as phase:
                 moments = [*phase.joining.values(), phase.deadline]
+                if phase.stopped_since is not None:
+                    moments.append(phase.stopped_since + SETTLED_AFTER)
                 return min([*moments, phase.patient_until] if phase.waiting else moments)
             case Staffing(joining=joining):
                 return min(joining.values(), default=None)
             case Executing(deadline=deadline):
                 return deadline
+            case Training() if self.hangs.crowd_since is not None:
+                return self.hangs.crowd_since + self.config.hang_timeout
             case Training():
                 return None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
             case _:

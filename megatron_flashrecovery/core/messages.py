@@ -160,7 +160,7 @@ class RanksHung:
     """All ranks of one node that hang, with the evidence, and those that have waited in an operation for longer than
     they ever did, with which; of the first, ``silent`` are those none of whose threads runs; ``slow`` may hang soon.
     Told when that changes, and now and then: whoever is not in it any more moves again. ``step`` is the newest in which
-    one of them is."""
+    one of them is. While ranks stop, ``busy`` are those that compute, and not for too long yet."""
 
     node: NodeId
     epoch: Epoch
@@ -169,6 +169,19 @@ class RanksHung:
     step: Step
     silent: tuple[Rank, ...] = ()
     slow: tuple[Rank, ...] = ()
+    busy: tuple[Rank, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepsTimed:
+    """Mean seconds of a step that each rank of one node has computed, and has waited for others, in the steps since the
+    last time, up to ``step``. Told at most once in a second, and seldom while nothing changes."""
+
+    node: NodeId
+    epoch: Epoch
+    step: Step
+    computed: Mapping[Rank, float]
+    waited: Mapping[Rank, float]
 
 
 @dataclass(frozen=True)
@@ -269,6 +282,7 @@ class ClockTicked:
 Event: TypeAlias = (
     WorkersLost
     | RanksHung
+    | StepsTimed
     | NodeLost
     | NodeJoined
     | SeatsDescribed

@@ -17,8 +17,8 @@ from typing import TypeAlias
 
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.drain import Wait
-from megatron_flashrecovery.core.ids import GroupKey, OrderNumber, Rank
-from megatron_flashrecovery.core.messages import RestartAll
+from megatron_flashrecovery.core.ids import GroupKey, NodeId, OrderNumber, Rank
+from megatron_flashrecovery.core.messages import RanksHung, RestartAll
 from megatron_flashrecovery.core.planner import RecoveryPlan
 
 
@@ -64,6 +64,10 @@ class Draining:
     patient_until: float = 0.0
     unchanged: dict[GroupKey, tuple[int, int, int]] = field(default_factory=dict)
     """The groups waited for in which nothing has completed since, with their marks."""
+    watched: dict[NodeId, RanksHung] = field(default_factory=dict)
+    """What the nodes see of those that have not stopped."""
+    stopped_since: float | None = None
+    """When the last rank joined those none of whose threads runs."""
 
 
 @dataclass

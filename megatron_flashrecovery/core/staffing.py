@@ -17,6 +17,7 @@ from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Command, Fence, Park, RestartAll, StartWorkers, Stop
 from megatron_flashrecovery.core.phases import Draining, Executing, Halted, Staffing, Starting
 from megatron_flashrecovery.core.recovery import Timeline
+from megatron_flashrecovery.core.slowness import OwnTimes
 
 
 def open_epoch(job: Job, losses: Mapping[Rank, str], why: str, now: float) -> list[Command]:
@@ -35,6 +36,7 @@ def open_epoch(job: Job, losses: Mapping[Rank, str], why: str, now: float) -> li
         reason = f"was being rebuilt in epoch {job.epoch}"
         job.carried |= dict.fromkeys(job.phase.plan.rebuild, reason)
     job.epoch = Epoch(job.epoch + 1)
+    job.own_times = OwnTimes()
     job.lost.update(losses)
     job.timeline = job.timeline or Timeline(opened=now)
     job.timeline.causes.append(why)

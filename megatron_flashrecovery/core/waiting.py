@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.core.job import Job
+from megatron_flashrecovery.core.overdue import late_ranks
 from megatron_flashrecovery.core.phases import Draining, Executing, Staffing, Starting
 
 _SHOWN = 8
@@ -18,7 +19,7 @@ def whom_for(job: Job) -> str | None:
         case Starting(ready=ready):
             return _of([rank for rank in ranks if rank not in ready], "to come to the first step")
         case Draining(silent=silent) as phase if silent:
-            late = [rank for rank in ranks if rank not in phase.heard and rank not in phase.joining]
+            late = late_ranks(job, phase)
             return _of(late, "to stop at the next operation")
         case Draining() as phase if phase.waiting is not None:
             return _of(phase.waiting.ranks, "to be freed") or "operations under way to complete"

@@ -118,6 +118,7 @@ class Agent:
             self._obey_one(order)
 
     def _obey_one(self, order: object) -> None:
+        self._watch.heed(order)
         match order:
             case node_messages.NodeWelcome(epoch=epoch, store_host=host, store_port=port):
                 if self._store[0]:
@@ -131,12 +132,10 @@ class Agent:
                 self._restart(order)
             case core.Park(epoch=epoch, number=number):
                 self._epoch, self._number = epoch, number
-                self._watch.pause()
                 self._to_all(order)
             case core.Resume(epoch=epoch, number=number):
                 self._epoch, self._number = epoch, number
                 self._to_all(order)
-                self._watch.go_on()
             case core.Release(number=number):
                 self._number, self._departures.released = number, True
                 self._to_all(order)
@@ -362,7 +361,7 @@ class Agent:
         return end.cause
 
     def _look_for_hangs(self) -> None:
-        if (told := self._watch.look(self._epoch, self._workers.seated())) is not None:
+        for told in self._watch.look(self._epoch, self._workers.seated()):
             self._control.send(told)
 
     def _refuses_to_start(self, end: WorkerEnded) -> bool:

@@ -67,6 +67,7 @@ class Chronicle:
         self._last_step = Step(0)
         self._warned: set[str] = set()
         self._waiting: tuple[Epoch, float] | None = None
+        self._slow: frozenset[Rank] = frozenset()
         self._closed = False
         self._is_torn = False
 
@@ -90,7 +91,9 @@ class Chronicle:
             self._current.newest = max(self._current.newest, newest)
         for command in commands:
             self._tell(command, job)
-        self._epoch = job.epoch
+        if job.epoch != self._epoch:
+            self._epoch, self._slow = job.epoch, frozenset()
+        self._note_slow(job.own_times.slow)
         phase = type(job.phase).__name__
         if phase != self._phase:
             if (self._phase, phase) == ("Starting", "Training"):
@@ -101,6 +104,15 @@ class Chronicle:
             plan = job.phase.plan
             planned = GroupsPlanned(plan.resume_step, plan.rebuild, plan.kept)
             self._journal.write("note", planned, time=time.time(), now=now, epoch=job.epoch)
+
+    def _note_slow(self, slow: Mapping[Rank, str]) -> None:
+        if slow.keys() == self._slow:
+            return
+        for rank in sorted(slow.keys() ^ self._slow):
+            self._journal.write("note", SlowNoted(rank, slow.get(rank)), time=time.time(), epoch=self._epoch)
+            said = f"is slow: {slow[rank]}" if rank in slow else "is not slow any more"
+            self._say(f"rank {rank} {said}")
+        self._slow = frozenset(slow)
 
     def remind(self, job: Job, now: float) -> None:
         """Called again and again: silence of more than two seconds needs an explanation."""
@@ -223,6 +235,14 @@ class GroupsPlanned:
     resume_step: Step
     rebuild: Mapping[GroupKey, str]
     kept: int
+
+
+@dataclass(frozen=True)
+class SlowNoted:
+    """``evidence`` is missing of a rank that is slow no more. A new epoch knows of nobody."""
+
+    rank: Rank
+    evidence: str | None
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
         execute_timeout=deadlines.execute_timeout,
         max_restarts=config.max_restarts,
         hang_timeout=deadlines.hang_timeout,
+        slow_factor=config.slow_factor,
     )
     job = Job.start(job_config, seats, sharded=True)
     controller = Controller(config, job, (config.master_addr, store_port), chronicle)

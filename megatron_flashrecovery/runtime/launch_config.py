@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.core.job import JobConfig
 from megatron_flashrecovery.core.pace import Pace
 from megatron_flashrecovery.runtime.moment import Moment
 
@@ -79,7 +80,8 @@ class Deadlines:
     """How long the controller waits, in seconds; whoever is late is fenced and counted as lost.
 
     ``heartbeat_interval`` and ``heartbeat_timeout`` are between an agent and the controller; a dead worker is noticed
-    at once and needs neither. ``drain_timeout``: from the order to park until every survivor has stopped.
+    at once and needs neither. ``drain_timeout``: from the order to park until every survivor has stopped, unless its
+    agent sees that it is busy with what may take longer, by the limits that the run has learnt.
     ``join_timeout``: from the start of a worker until it stands before its first step. ``execute_timeout``: from the
     plan until it is executed. ``hang_timeout``: how long something may take that was never seen to end a few times, a
     first step for instance; everything else has a limit by what it took before. 0: nobody looks for hangs.
@@ -114,7 +116,8 @@ class LaunchConfig:
     often *all* workers are started again; replacing lost ranks is not bounded. ``shutdown_timeout``: how long, in
     seconds, workers have to end by themselves after SIGTERM. ``preload``: workers are forked from a
     process that has done the script's imports. ``hooks`` (``module:function``) are called in each process before the
-    script is loaded. ``token`` is empty if the launcher is to draw one.
+    script is loaded. ``slow_factor``: whoever computes so many times as long as its peers is said to be
+    slow; 0: nobody is. ``token`` is empty if the launcher is to draw one.
     """
 
     script: str
@@ -134,6 +137,7 @@ class LaunchConfig:
     preload: bool = True
     hooks: tuple[str, ...] = ()
     deadlines: Deadlines = field(default_factory=Deadlines)
+    slow_factor: float = 1.5
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -153,6 +157,7 @@ class LaunchConfig:
             )
         if self.shutdown_timeout < 0:
             raise ConfigError(f"--shutdown-timeout {self.shutdown_timeout}: give seconds, or 0 to end workers at once")
+        JobConfig(slow_factor=self.slow_factor)
         for injection in self.injections:
             if injection.rank >= self.world_size:
                 raise ConfigError(

@@ -133,6 +133,7 @@ class Line:
         try:
             while True:
                 self._pulse.beat()
+                self._pulse.note_device(self._registry.backlog())
                 try:
                     message, fds = self._channel.receive(_POLL if self._lot.stopping else _BEAT)
                 except TimeoutError:

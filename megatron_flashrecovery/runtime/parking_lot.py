@@ -161,8 +161,10 @@ class ParkingLot:
         return self._stay(Stand(Standing.PARKED, spot))
 
     def failed(self, spot: Spot, error: Exception) -> Verdict:
+        self._pulse.enter("", "the order to stop")
         with self._changed:
             ordered = self._changed.wait_for(lambda: self._stopping and not self._executing, self._order_timeout)
+        self._pulse.leave()
         if not ordered:
             raise error
         if self._answers:
@@ -231,6 +233,7 @@ class ParkingLot:
                 if claim() and not (self._stopping and not self._executing):
                     return
             self.check()
+            self._pulse.enter("", what)
 
     def wait_for_plan(self) -> None:
         """For a replacement: until there is the plan that it joins by."""
@@ -274,6 +277,13 @@ class ParkingLot:
         return Answer(msgspec.msgpack.decode(told.payload, type=list[bytes]))
 
     def _stay(self, stand: Stand) -> Verdict:
+        self._pulse.enter("", "the order how to go on")
+        try:
+            return self._stay_until_told(stand)
+        finally:
+            self._pulse.leave()
+
+    def _stay_until_told(self, stand: Stand) -> Verdict:
         while True:
             with self._changed:
                 self._stand = stand

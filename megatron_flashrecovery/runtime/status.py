@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -70,6 +70,7 @@ class Status:
     last_recovery: LastRecovery | None = None
     restarts: int = 0
     checkpoint: Step | None = None
+    slow: Mapping[Rank, str] = field(default_factory=dict)
     failure: str | None = None
     launcher: LauncherNoted | None = None
 
@@ -114,6 +115,7 @@ def status_of(directory: Path) -> Status:
         ),
         restarts=job.restarts,
         checkpoint=job.checkpoint,
+        slow=dict(job.own_times.slow),
         failure=None if end is None else str(end.body["failure"]),
         last_word=max(lines[-1].time, step_time or 0.0),
         launcher=launcher,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Self
 
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import RanksHung
+from megatron_flashrecovery.core.messages import ExecutePlan, Park, RanksHung, Resume, StepsTimed
 from megatron_flashrecovery.core.pace import STEP, Pace, Reading, judge
+from megatron_flashrecovery.core.timing import Timing
 from megatron_flashrecovery.detect import stacks
 from megatron_flashrecovery.detect.pulse import PulseReader, make_page
 from megatron_flashrecovery.runtime.dialogue import Raised
@@ -20,7 +21,7 @@ from megatron_flashrecovery.runtime.workers import Worker
 _EVERY = 0.25
 _AGAIN = 10.0
 """Seconds: whoever could make nothing of it the first time hears it again."""
-_NOBODY: tuple[frozenset[Rank], ...] = (frozenset(),) * 4
+_NOBODY: tuple[frozenset[Rank], ...] = (frozenset(),) * 5
 _ASLEEP = 1.0
 """Seconds between two looks: who was asleep for as long has seen nobody hang."""
 
@@ -43,7 +44,7 @@ class _Watched:
 
 
 class Watch:
-    """Looks only while its ranks train; ``clock`` is the one that the trainers have, too."""
+    """Looks while its ranks train, and while they stop; ``clock`` is the one that the trainers have, too."""
 
     def __init__(self, node: NodeId, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
         self._node = node
@@ -53,7 +54,8 @@ class Watch:
         self._not_before = self._looked = clock()
         self._told: tuple[frozenset[Rank], ...] = _NOBODY
         self._told_at = 0.0
-        self._is_on = True
+        self._is_on, self._is_stopping = True, False
+        self._timing = Timing()
 
     def take(self, worker: WorkerId) -> tuple[int, int]:
         """The descriptors of its page and of the file for its stacks, to be passed on."""
@@ -62,30 +64,55 @@ class Watch:
 
     def go_on(self) -> None:
         """From now on ranks train; what was seen before counts no more."""
-        self._is_on = True
+        self._is_on, self._is_stopping = True, False
         self._not_before = self._looked = self._clock()
         self._told = _NOBODY
+        self._timing = Timing()
 
-    def pause(self) -> None:
-        self._is_on = False
+    def heed(self, order: object) -> None:
+        """What the trainers of this node are told to do."""
+        match order:
+            case Park():  # who does not is busy, or hangs
+                self._is_on = self._is_stopping = True
+                self._told = _NOBODY
+            case ExecutePlan():  # nobody knows how long that takes
+                self._is_on = False
+            case Resume():
+                self.go_on()
 
-    def look(self, epoch: Epoch, seated: Iterable[tuple[Rank, Worker]]) -> RanksHung | None:
-        """What there is to tell: nothing, if it is what was told a moment ago."""
+    def look(self, epoch: Epoch, seated: Iterable[tuple[Rank, Worker]]) -> list[RanksHung | StepsTimed]:
+        """What there is to tell."""
         now = self._clock()
         if not self._is_on or now < self._looked + _EVERY:
-            return None
+            return []
         if now > self._looked + _ASLEEP:
             self._not_before = now
         self._looked = now
         found = {rank: self._reading(worker.id) for rank, worker in seated}
         readings = {rank: reading for rank, reading in found.items() if reading is not None}
+        told = self._hung(epoch, readings, now), None if self._is_stopping else self._timed(epoch, readings, now)
+        return [event for event in told if event is not None]
+
+    def _timed(self, epoch: Epoch, readings: Mapping[Rank, Reading], now: float) -> StepsTimed | None:
+        training = {rank: reading for rank, reading in readings.items() if reading.doing}
+        window = self._timing.look({rank: reading.spent for rank, reading in training.items()}, now)
+        if window is None:
+            return None
+        newest = max(reading.spent.upto for reading in training.values())
+        return StepsTimed(self._node, epoch, newest, window.computed, window.waited)
+
+    def _hung(self, epoch: Epoch, readings: Mapping[Rank, Reading], now: float) -> RanksHung | None:
+        """Nothing, if it is what was told a moment ago."""
         verdict = judge(readings, now, self._pace, self._not_before)
-        seen = tuple(map(frozenset, (verdict.hung, verdict.waiting, verdict.silent, verdict.slow)))
+        # Of those that stop it only matters why they have not; of those that train, that most of them compute does not.
+        verdict = replace(verdict, waiting={}, slow=()) if self._is_stopping else replace(verdict, busy=())
+        seen = tuple(map(frozenset, (verdict.hung, verdict.waiting, verdict.silent, verdict.slow, verdict.busy)))
         if seen == self._told and (seen == _NOBODY or now < self._told_at + _AGAIN):
             return None
         self._told, self._told_at = seen, now
         newest = max((readings[rank].step for rank in (*verdict.hung, *verdict.waiting)), default=Step(0))
-        return RanksHung(self._node, epoch, verdict.hung, verdict.waiting, newest, verdict.silent, verdict.slow)
+        others = verdict.silent, verdict.slow, verdict.busy
+        return RanksHung(self._node, epoch, verdict.hung, verdict.waiting, newest, *others)
 
     def note_raised(self, worker: WorkerId, raised: Raised) -> None:
         if worker in self._watched:
@@ -107,7 +134,7 @@ class Watch:
             worker,
             step=reading.step if reading and reading.doing else None,
             doing=reading.doing if reading else "",
-            where=reading.where if reading else "",
+            where=_where(reading) if reading else "",
             raised=raised.what if raised else None,
             traceback=raised.traceback if raised else "",
             stacks=stacks.read_from(watched.stacks),
@@ -123,6 +150,11 @@ class Watch:
     def _reading(self, worker: WorkerId) -> Reading | None:
         watched = self._watched.get(worker)
         return None if watched is None else watched.pulse.read()
+
+
+def _where(reading: Reading) -> str:
+    """The operation of its host, or of its device."""
+    return reading.where or (reading.device.operation if reading.device is not None else "")
 
 
 def in_words(words: LastWords) -> str:

@@ -6,7 +6,8 @@ imported, because it binds functions of ``torch.cuda`` by name. It pretends no m
 exists it does nothing.
 
 What differs from a device: one CPU generator is the device generator too (megatron-core's tracker warns that the CPU
-state changed, which is silenced), and streams do nothing, because an operation is over when it returns.
+state changed, which is silenced), and streams do nothing, because an operation is over when it returns; the current
+one can be told to hang, and then whoever waits for the device is blocked (see ``cpu_streams``).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _cuda_functions() -> dict[str, object]:
     return {
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: current_stream().synchronize(),
         "empty_cache": lambda: None,
         "Stream": CpuStream,
         "Event": CpuEvent,

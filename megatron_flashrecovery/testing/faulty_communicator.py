@@ -16,13 +16,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_flashrecovery.comm.communicator import Communicator, Transport
+from megatron_flashrecovery.comm.communicator import Communicator, Progress, Transport
+from megatron_flashrecovery.testing.cpu_streams import CpuEvent, CpuStream
 
 GARBAGE = 0xA5
 
 
 class WouldDeadlock(AssertionError):
     """A single send or receive was issued where only a batch is safe."""
+
+
+class FaultyMark:
+    """On a stream that may hang."""
+
+    def __init__(self, stream: CpuStream) -> None:
+        self._event = CpuEvent()
+        self._event.record(stream)
+
+    def look(self, works: Sequence[dist.Work | None]) -> Progress:
+        if all(work is None or work.is_completed() for work in works):
+            return Progress.OVER
+        return Progress.INSIDE if self._event.query() else Progress.BEFORE
 
 
 class FaultyWork:
@@ -107,9 +121,14 @@ class FaultyTransport:
 
     def __init__(self, group: FaultyGroup) -> None:
         self._group = group
+        self.stream = CpuStream()
+        """That of the thread that issues operations."""
 
     def connect(self) -> None:
         pass
+
+    def mark(self) -> FaultyMark:
+        return FaultyMark(self.stream)
 
     def wait(self, work: object, timeout: timedelta | None) -> None:
         """Orders the stream only."""

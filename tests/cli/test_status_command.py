@@ -10,11 +10,11 @@ import pytest
 from megatron_flashrecovery.cli import main
 from megatron_flashrecovery.core.coordinator import handle
 from megatron_flashrecovery.core.job import Job
-from megatron_flashrecovery.core.messages import CheckpointWritten
+from megatron_flashrecovery.core.messages import CheckpointWritten, StepsTimed
 from megatron_flashrecovery.core.seats import Seats
 from megatron_flashrecovery.runtime.chronicle import Chronicle
 from megatron_flashrecovery.runtime.dialogue import StepDone
-from megatron_flashrecovery.runtime.journal import FILE_NAME
+from megatron_flashrecovery.runtime.journal import FILE_NAME, read_journal
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.node_messages import StepNoted
 from megatron_flashrecovery.runtime.status import LauncherNoted
@@ -100,6 +100,19 @@ def test_what_was_lost_is_told_afterwards(run, capsys):
     run.train().recover()
     _, said = run.status(capsys)
     assert "1 recovery; the last, in epoch 1: rank 3: killed by SIGKILL; it went on from step 5 after 2.50 s" in said
+
+
+def test_a_slow_rank_is_named_when_it_becomes_so_and_in_the_status(tmp_path, capsys):
+    run = Run(tmp_path).train()
+    for step in range(1, 6):
+        run.tell(StepsTimed(A, 0, step, {0: 0.1, 1: 0.1}, {}), StepsTimed(B, 0, step, {2: 0.1, 3: 0.4}, {}))
+    says = "rank 3 is slow: it computes for 0.4 s in a step, its peer for 0.1 s, up to step 5"
+    assert says in run.status(capsys)[1].splitlines()
+    for step in range(6, 11):
+        run.tell(StepsTimed(B, 0, step, {2: 0.1, 3: 0.1}, {}))
+    assert "slow" not in run.status(capsys)[1]
+    noted = [line.body for line in read_journal(tmp_path / FILE_NAME) if line.name == "SlowNoted"]
+    assert [(body["rank"], body["evidence"] is None) for body in noted] == [(3, False), (3, True)]
 
 
 @pytest.mark.parametrize(("failure", "code", "says"), [("", 0, "every rank has finished"), ("no room", 1, "no room")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch.distributed as dist
 
-from megatron_flashrecovery.comm.communicator import GroupIdentity, Severed
+from megatron_flashrecovery.comm.communicator import GroupIdentity, Progress, Severed
 from megatron_flashrecovery.comm.nccl_communicator import NcclTransport, contradictions, nccl_environment
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import GroupKey, Rank
@@ -136,6 +137,49 @@ def test_what_is_over_has_succeeded_unless_nccl_reports_an_error_or_an_abort_has
     transport.sever()
     transport.settle()
     assert not transport.succeeded(Work())
+
+
+class UnderWay(Work):
+    def __init__(self, is_over: bool, error: str = "") -> None:
+        super().__init__(error)
+        self._is_over = is_over
+
+    def is_completed(self) -> bool:
+        if self._error:
+            raise RuntimeError(self._error)
+        return self._is_over
+
+
+@pytest.mark.parametrize(
+    ("event", "work", "found"),
+    [
+        pytest.param(False, UnderWay(False), Progress.BEFORE, id="at-something-earlier"),
+        pytest.param(True, UnderWay(False), Progress.INSIDE, id="waiting-for-others"),
+        pytest.param(True, UnderWay(True), Progress.OVER, id="over"),
+        pytest.param(False, UnderWay(False, "CUDA error"), Progress.OVER, id="nothing-is-said-of-a-broken-device"),
+    ],
+)
+def test_where_a_device_is_by_the_event_before_an_operation_and_its_work(make, monkeypatch, event, work, found):
+    log = []
+
+    class Event:
+        def record(self) -> None:
+            log.append("recorded")
+
+        def query(self) -> bool:
+            assert log[-1] == "device 2", "the session's thread has to name the device"
+            return event
+
+    def device(index: int) -> contextlib.AbstractContextManager[None]:
+        log.append(f"device {index}")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.device", device)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 2)
+    mark = make("a").mark()
+    assert log == ["recorded"]
+    assert mark.look([work]) is found
 
 
 def test_a_torch_without_nccl_says_so_in_one_line():

@@ -120,6 +120,14 @@ def test_many_that_hang_for_ever_end_the_job_or_take_it_back_to_its_checkpoint()
     assert "2 ranks hang at the same time: rank 0: it sleeps" in stop.reason
 
 
+def test_as_long_as_many_hang_nothing_is_decided_before_their_time_is_over():
+    job = training_job()
+    play(job, told(hung=[0, 1]), now=10.0)
+    assert job.next_deadline == 11.0
+    play(job, ClockTicked(), now=11.0)
+    assert job.next_deadline == 611.0
+
+
 def test_all_that_wait_for_each_other_go_back_once():
     job = training_job()
     play(job, told(A, waiting=[0, 1]), told(B, waiting=[2, 3]), now=10.0)

@@ -1,10 +1,12 @@
 """Who has hung, by what was seen before."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.pace import BETWEEN, Pace, Reading, judge
+from megatron_flashrecovery.core.pace import BETWEEN, OnDevice, Pace, Reading, judge
 
 NOW = 1000.0
 PACE = Pace(unknown=600.0)
@@ -61,10 +63,69 @@ def test_who_comes_near_its_limit_is_slow():
     assert verdict.slow == (3,)
 
 
+def test_who_computes_and_does_not_hang_is_busy():
+    readings = {
+        Rank(0): reading(computing=40.0, longest=20.0),
+        Rank(1): reading(computing=90.0, longest=20.0),
+        Rank(2): reading(computing=1.0, where="barrier of world#0"),
+        Rank(3): reading(computing=1.0, doing=""),
+        Rank(4): reading(computing=1.0, silent=6.0),
+        Rank(5): on_device(True, lag=1.0, computing=1.0),
+        Rank(6): on_device(False, lag=1.0, computing=1.0, where="barrier of world#0"),
+    }
+    assert judge(readings, NOW, PACE, 0.0).busy == (0, 6)
+
+
 def test_who_waits_is_no_suspect_but_is_known_to_wait():
     verdict = judge({Rank(3): reading(computing=7.0, where="barrier of world#0")}, NOW, PACE, 0.0)
     assert not verdict.hung
     assert verdict.waiting == {3: "barrier of world#0, for 7.0 s in a step"}
+
+
+def on_device(reached: bool, lag: float, **fields) -> Reading:
+    behind = OnDevice("allreduce of dp#0", 12, reached, issued=40, completed=37, since=NOW - lag)
+    return replace(reading(**fields), device=behind)
+
+
+@pytest.mark.parametrize("where", ["", "allreduce of world#0"], ids=["in-a-synchronization", "in-an-operation"])
+def test_whose_device_has_not_come_to_its_oldest_operation_hangs_wherever_its_host_is(where):
+    verdict = judge({Rank(3): on_device(False, lag=6.0, computing=7.0, where=where)}, NOW, PACE, 0.0)
+    assert verdict.hung == {
+        3: "its device has not come to allreduce of dp#0 for 6.0 s in a step: of 40 operations it has completed 37 "
+        "(limit 5.0 s)"
+    }
+    assert not verdict.waiting
+
+
+@pytest.mark.parametrize("where", ["", "allreduce of world#0"], ids=["in-a-synchronization", "in-an-operation"])
+def test_whose_device_waits_for_others_is_no_suspect_although_its_host_looks_as_if_it_computed(where):
+    verdict = judge({Rank(3): on_device(True, lag=6.0, computing=7.0, where=where)}, NOW, PACE, 0.0)
+    assert verdict.waiting == {3: "allreduce of dp#0, for 6.0 s in a step, on its device"}
+    assert not verdict.hung
+    assert not verdict.slow
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_device_that_gets_on_hangs_no_more_than_its_host_that_waits_for_it(reached):
+    verdict = judge({Rank(3): on_device(reached, lag=1.0, computing=60.0)}, NOW, PACE, 0.0)
+    assert not verdict.hung
+    assert not verdict.waiting
+
+
+def test_a_host_that_hangs_with_nothing_left_on_its_device_hangs():
+    assert hung(reading(computing=6.0))
+
+
+def test_one_whose_device_hangs_is_told_from_many_that_wait_for_theirs():
+    readings = {Rank(rank): on_device(rank != 5, lag=6.0, computing=6.0) for rank in range(8)}
+    verdict = judge(readings, NOW, PACE, 0.0)
+    assert verdict.hung.keys() == {5}
+    assert verdict.waiting.keys() == {0, 1, 2, 3, 4, 6, 7}
+
+
+def test_while_its_device_waits_nobody_is_on_the_way_to_hang():
+    readings = {Rank(1): on_device(True, lag=3.0, computing=3.0), Rank(2): on_device(False, lag=3.0, computing=3.0)}
+    assert judge(readings, NOW, PACE, 0.0).slow == (2,)
 
 
 def test_who_does_not_run_at_all_hangs_wherever_it_is():

@@ -19,6 +19,8 @@ from megatron_flashrecovery.runtime.journal import Journal, decode_message, read
 
 # Messages hold dictionaries; hypothesis would try every kind of mapping there is.
 st.register_type_strategy(Mapping, lambda kind: st.dictionaries(*map(st.from_type, get_args(kind)), max_size=3))
+# JSON has no others, and seconds are finite.
+st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 
 LOST = WorkersLost(NodeId("n0"), (Loss(Rank(1), WorkerId("w1"), "killed by SIGKILL"),))
 

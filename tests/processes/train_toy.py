@@ -32,7 +32,16 @@ def main() -> None:
     parser.add_argument("--only-rank", type=int, help="and only this rank")
     parser.add_argument("--raise-at", type=int, default=-1, help="an exception in this step, again and again")
     parser.add_argument("--mismatch-at", type=int, default=-1, help="it waits in this step for who never comes")
+    parser.add_argument("--nap-at", type=int, default=-1, help="something long in this step, before any operation")
+    parser.add_argument("--nap", type=float, default=8.0, help="how long, in seconds")
     parser.add_argument("--once", type=Path, help="not again when this file exists")
+    parser.add_argument("--compute", type=float, default=0.0, help="seconds that every rank computes in a step")
+    parser.add_argument("--slow-from", type=int, default=-1, help="from this step on --only-rank computes much longer")
+    parser.add_argument("--slow-for", type=int, default=1 << 30, help="so many steps long, and not again before ...")
+    parser.add_argument("--slow-every", type=int, default=1 << 30, help="... so many steps have passed")
+    parser.add_argument("--slow-first", type=float, default=0.0, help="seconds that the first step takes longer")
+    parser.add_argument("--evaluate-every", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="rank 0 alone, and all others wait")
     parser.add_argument("--report", action="store_true", help="two guarded collectives behind every step")
     parser.add_argument("--on-sigterm", choices=("leave", "ignore"), help="leave: all ranks, after the same step")
     parser.add_argument("--enable-flash-recovery", action="store_true", help="as every script that is launched has it")
@@ -61,9 +70,15 @@ def main() -> None:
     )  # what follows the resume step is done by everybody
 
     def compute(step: int) -> StepRecord:
+        is_slow = 0 <= args.slow_from <= step and (step - args.slow_from) % args.slow_every < args.slow_for
+        time.sleep(args.compute * (4 if is_slow and args.only_rank in (None, session.rank) else 1))
+        if step == 0:
+            time.sleep(args.slow_first)
         if args.only_rank in (None, session.rank):
             if step == args.raise_at:
                 raise ValueError("the batch is empty")
+            if step == args.nap_at and (args.once is None or _is_first(args.once)):
+                time.sleep(args.nap)
             if step == args.mismatch_at and (args.once is None or _is_first(args.once)):
                 dist.barrier(everybody)
         return toy.step(session)
@@ -73,6 +88,10 @@ def main() -> None:
             sys.exit(0)
         record = session.run_step(Step(step), lambda step=step: compute(step))
         print(f"rank {dist.get_rank()} step {step + 1} loss {record.loss} norm {record.grad_norm}", flush=True)
+        if args.evaluate_every and (step + 1) % args.evaluate_every == 0:
+            session.guard("evaluate", lambda: evaluate(toy))
+        if args.save_every and (step + 1) % args.save_every == 0:
+            session.guard("save_checkpoint", lambda: save(session))
         if args.report:
             report(session, toy, step + 1, was_joining)
         if args.on_sigterm == "leave":
@@ -106,6 +125,22 @@ def report(session: Session, toy: Toy, step: int, is_replacement: bool) -> None:
 
     print(f"rank {session.rank} total after step {step}: {session.guard('total', total).hex()}", flush=True)
     session.guard("meet", meet)
+
+
+def evaluate(toy: Toy) -> float:
+    """Takes as long as some steps, and its own randomness is not the model's."""
+    total = torch.zeros(())
+    for _ in range(20):
+        time.sleep(0.01)
+        total += toy.parameters.mean()
+        dist.all_reduce(total)
+    return float(total)
+
+
+def save(session: Session) -> None:
+    if session.rank == 0:
+        time.sleep(0.3)
+    dist.barrier()
 
 
 def somebody_was(told: list[int]) -> bool:

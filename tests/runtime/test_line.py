@@ -41,6 +41,9 @@ class BlockedRegistry:
     def settle(self) -> None:
         pass
 
+    def backlog(self) -> None:
+        """Its host waits."""
+
 
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel]:

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
+from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.messages import ExecutePlan, Park, RanksHung, Resume, StepsTimed
 from megatron_flashrecovery.core.pace import Pace
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.dialogue import Raised
@@ -44,15 +45,14 @@ def trainer(watch, clock, rank):
     return (Rank(rank), worker), pulse
 
 
-def wait(watch, clock, pulses, seconds, seated):
+def wait(watch, clock, pulses, seconds, seated, kind=RanksHung):
     """Time passes, the session's threads run, and the agent looks."""
     told = []
     for _ in range(int(seconds / 0.5)):
         clock.now += 0.5
         for pulse in pulses:
             pulse.beat()
-        if (event := watch.look(Epoch(0), seated)) is not None:
-            told.append(event)
+        told += [event for event in watch.look(Epoch(0), seated) if isinstance(event, kind)]
     return told
 
 
@@ -67,12 +67,30 @@ def test_one_that_computes_for_ever_is_told_once_and_again_when_it_goes_on(watch
     assert not event.hung
 
 
-def test_nobody_is_looked_at_while_the_job_recovers(watch, clock):
+PARK = Park(Epoch(1), OrderNumber(1), ())
+EXECUTE = ExecutePlan(NodeId("node0"), Epoch(1), OrderNumber(2), Step(4), False, ())
+RESUME = Resume(Epoch(1), OrderNumber(3), Step(4))
+
+
+def test_of_those_that_are_to_stop_it_is_told_who_is_busy_and_who_runs_no_more(watch, clock):
+    (seat, pulse), (other, waiting), (third, stopped) = (trainer(watch, clock, rank) for rank in range(3))
+    for each in (pulse, waiting, stopped):
+        each.doing("a step", Step(5)).__enter__()
+    watch.heed(PARK)
+    waiting.enter("", "the order how to go on")
+    told = wait(watch, clock, [pulse, waiting], 12.0, [seat, other, third])
+    assert [(event.busy, event.silent) for event in told[:2]] == [((0, 2), ()), ((), (2,))]
+    assert told[1].hung.keys() == {0, 2}, "both are at their limits"
+    assert not any(event.waiting or event.slow for event in told)
+
+
+def test_nobody_is_looked_at_while_a_plan_is_executed(watch, clock):
     seat, pulse = trainer(watch, clock, 0)
-    watch.pause()
+    watch.heed(PARK)
+    watch.heed(EXECUTE)
     with pulse.doing("a step", Step(5)):
         assert wait(watch, clock, [pulse], 60.0, [seat]) == []
-        watch.go_on()
+        watch.heed(RESUME)
         assert not any(event.hung for event in wait(watch, clock, [pulse], 4.0, [seat]))
         assert wait(watch, clock, [pulse], 4.0, [seat])[-1].hung
 
@@ -82,7 +100,7 @@ def test_an_agent_that_was_asleep_has_seen_nobody_hang(watch, clock):
     watch.look(Epoch(0), [seat])
     with pulse.doing("a step", Step(5)):
         clock.now += 100.0
-        assert watch.look(Epoch(0), [seat]) is None
+        assert watch.look(Epoch(0), [seat]) == []
         assert wait(watch, clock, [pulse], 8.0, [seat])[-1].hung
 
 
@@ -93,12 +111,25 @@ def test_whoever_could_make_nothing_of_it_hears_it_again(watch, clock):
     assert len(told) == 3
 
 
+def test_the_own_time_of_steps_is_told_once_they_have_been_made(watch, clock):
+    seat, pulse = trainer(watch, clock, 0)
+    watch.look(Epoch(0), [seat])
+    for step in range(4):
+        with pulse.doing("a step", Step(5 + step)):
+            clock.now += 0.2
+            pulse.enter("dp[0,1]#0", "allreduce")
+            clock.now += 0.1
+            pulse.leave()
+    (event,) = wait(watch, clock, [pulse], 0.5, [seat], StepsTimed)
+    assert event == StepsTimed(NodeId("node0"), Epoch(0), Step(8), {0: pytest.approx(0.2)}, {0: pytest.approx(0.1)})
+
+
 def test_the_last_words_of_a_dead_one_are_told_once(watch, clock):
     (rank, worker), pulse = trainer(watch, clock, 3)
     watch.note_raised(worker.id, Raised("ValueError at train.py:3 in step", "Traceback ..."))
     pulse.enter("tp[2,3]#0", "broadcast")
     words = watch.last_words(rank, worker.id)
-    assert (words.step, words.where, words.raised) == (0, "broadcast of tp[2,3]#0", "ValueError at train.py:3 in step")
+    assert (words.step, words.where, words.raised) == (4, "broadcast of tp[2,3]#0", "ValueError at train.py:3 in step")
     assert watch.last_words(rank, worker.id) == LastWords(rank, worker.id)
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.core.hangs import few
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import NodeLost, RanksHung
-from megatron_flashrecovery.core.phases import Training
+from megatron_flashrecovery.core.messages import NodeLost, RanksHung, StepsTimed
+from megatron_flashrecovery.core.phases import Draining, Training
 from tests.simulation.settings import Fault
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ class BadLuck:
         self.spares = world.settings.spares
         self.spare_at: float | None = None
         self.paused: list[tuple[int, Worker]] = []
+        self.looks_at: int | None = None
+        self.seen: object = None
 
     def consider(self) -> None:
         """Whatever is due happens now."""
@@ -41,15 +43,28 @@ class BadLuck:
                 self.paused.remove(entry)
                 if entry[1].is_alive:
                     world.thaw(entry[1])
+        if self.looks_at is not None and self.looks_at <= world.events:
+            self.looks_at = None
+            self._tell_who_does_not_stop()
         if self.spare_at is not None and world.now >= self.spare_at:
             self._add_spare()
 
     def on_phase(self, phase: str, worker: Worker | None = None) -> None:
         """A phase begins: faults that wait for it may strike, one at a time."""
+        if phase == "Draining" and self.world.settings.watches:
+            self.looks_at = self.world.events + self.world.events % 97
         for fault in self.armed:
             if fault.when == phase:
                 self._trigger(fault)
                 return
+
+    def on_step(self, worker: Worker) -> None:
+        """Its agent tells how long it took: any number of seconds, for nothing may follow from it."""
+        if self.world.settings.watches:
+            seconds = float(worker.step * 7919 % (worker.rank + 2))
+            epoch, step = worker.member.epoch, Step(worker.step)
+            told = StepsTimed(worker.agent.node, epoch, step, {worker.rank: seconds}, {worker.rank: 0.0})
+            self.world.tell(told)
 
     def _trigger(self, fault: Fault) -> None:
         self.armed.remove(fault)
@@ -66,6 +81,8 @@ class BadLuck:
             if worker.is_alive:
                 self.world.thaw(worker)
             return True
+        if self._tell_who_does_not_stop():
+            return True
         deadline = self.world.job.next_deadline
         if self.spare_at is not None and (deadline is None or self.spare_at <= deadline):
             self.world.now = max(self.world.now, self.spare_at)
@@ -80,13 +97,32 @@ class BadLuck:
         hung = {worker.rank for worker in self.world.living() if worker.is_hung}
         if not hung:
             return False
-        if not isinstance(self.world.job.phase, Training) or len(hung) > few(self.world.settings.model.size):
-            # Before the first step nobody has a limit, and of many nobody knows who is to blame.
+        if not isinstance(self.world.job.phase, Training) or len(hung) > few(len(hung)):
+            # Before the first step nobody has a limit, and of many nobody knows who is to blame: all others wait.
             for worker in self.world.living():
                 if worker.is_hung:
                     worker.agent.lose([worker.rank], "hangs")
                     return True
         self._tell_who_waits(frozenset(hung))
+        return True
+
+    def _tell_who_does_not_stop(self) -> bool:
+        """What the agents see at this moment of a stop; false if it is what they saw the last time."""
+        world = self.world
+        if not world.settings.watches or not isinstance(world.job.phase, Draining):
+            return False
+        paused = {worker.name for _, worker in self.paused}
+        hangs = {worker.name for worker in world.living() if worker.is_hung} - paused
+        seen = (world.job.epoch, frozenset(paused), frozenset(hangs))
+        if seen == self.seen:
+            return False
+        self.seen = seen
+        for agent in world.agents.values():
+            mine = [worker for worker in world.living() if worker.agent is agent]
+            hung = {worker.rank: "it hangs" for worker in mine if worker.name in hangs}
+            busy = tuple(worker.rank for worker in mine if worker.name in paused)
+            if agent.is_alive and mine:
+                world.tell(RanksHung(agent.node, world.job.epoch, hung, {}, Step(0), tuple(hung), busy=busy))
         return True
 
     def _tell_who_waits(self, hung: frozenset[Rank]) -> None:

@@ -296,6 +296,7 @@ class MainThread:
         self.answers.clear()
         self.world.monitor.on_use(self, "it completes a step")
         self.world.monitor.on_step(self)
+        self.world.luck.on_step(self)
         self.world.save(self)
 
     def finish(self) -> None:

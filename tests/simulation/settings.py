@@ -11,6 +11,7 @@ from megatron_flashrecovery.core.job import JobConfig
 
 LAYOUTS = [(2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 4, 2), (2, 2, 3), (2, 4, 2), (1, 1, 8), (2, 2, 4), (4, 1, 2), (1, 2, 2)]
 _ALARMS = 0.15
+_WATCHES = 0.25
 PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
 
 
@@ -77,7 +78,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Settings:
-    """One simulated run. ``off`` names protections that are switched off, to see whether the checks notice."""
+    """One simulated run. ``off`` names protections that are switched off, to see whether the checks notice.
+    ``watches``: agents tell how long steps take, and of those that do not stop who is busy and who hangs. Drawn apart.
+    """
 
     seed: int
     model: Model
@@ -95,6 +98,7 @@ class Settings:
     notice: float = 0.3
     checkpoint_every: int = 0
     forms_kept: int = 8
+    watches: bool = False
     off: frozenset[str] = frozenset()
 
     @cached_property
@@ -157,6 +161,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         notice=rng.choice([0.0, 0.3, 1.0]),
         checkpoint_every=rng.choice([0, 0, 1, 2]),
         forms_kept=0 if "matching" in off else rng.choice([0, 1, 2, 8, 8, 8]),
+        watches=not off and Random(f"watch {seed}").random() < _WATCHES,
         off=off,
     )
 

@@ -37,6 +37,7 @@ _DEVICE = struct.Struct("<QQQQQ?d192sQ")
 again. The session's thread alone writes it."""
 _DEVICE_AT = 1088
 _LOOKS = 10
+_STOOD = 1.0
 _NOTHING = OnDevice("", 0, False, 0, 0)
 
 
@@ -102,6 +103,10 @@ class Pulse:
             self._longest_pause = max(self._longest_pause, now - self._last_beat)
         self._last_beat = now
         _BEAT.pack_into(self._memory, 0, now, self._longest_pause)
+
+    def has_stood(self) -> bool:
+        """For a second, computing or waiting: only then it matters where its device is."""
+        return self._clock() - self._since > _STOOD
 
     def note_device(self, device: OnDevice | None) -> None:
         """What the device has not completed. For the session's thread, now and then."""

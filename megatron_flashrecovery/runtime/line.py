@@ -133,7 +133,8 @@ class Line:
         try:
             while True:
                 self._pulse.beat()
-                self._pulse.note_device(self._registry.backlog())
+                # Only then: asking a device may block this thread for as long as another one allocates on it.
+                self._pulse.note_device(self._registry.backlog() if self._pulse.has_stood() else None)
                 try:
                     message, fds = self._channel.receive(_POLL if self._lot.stopping else _BEAT)
                 except TimeoutError:

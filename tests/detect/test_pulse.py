@@ -228,6 +228,17 @@ def test_what_its_device_has_not_completed_is_told_with_since_when_it_gets_no_fu
     assert reader.read().device is None
 
 
+def test_who_gets_on_has_not_stood(page, clock):
+    pulse, _reader = page
+    pulse.begin(Step(0))
+    for _ in range(5):
+        clock.now += 0.9
+        pulse.enter("dp[0,2]#0", "allreduce")
+        assert not pulse.has_stood()
+    clock.now += 1.1
+    assert pulse.has_stood()
+
+
 def test_a_store_that_was_cut_short_is_not_seen(page):
     """Whoever dies in the middle of it has written a part of the other slot, and not that it is the newest."""
     pulse, reader = page

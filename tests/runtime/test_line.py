@@ -42,7 +42,7 @@ class BlockedRegistry:
         pass
 
     def backlog(self) -> None:
-        """Its host waits."""
+        """Its host waits for each operation."""
 
 
 @pytest.fixture

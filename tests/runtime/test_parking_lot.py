@@ -14,6 +14,7 @@ from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step
 from megatron_flashrecovery.core.messages import ExecutePlan, Match, Spot, Standing, Told
 from megatron_flashrecovery.core.shares import Share, Source
+from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.parking_lot import AnswerMismatch, NoRecovery, ParkingLot, Stand
 
 T = TypeVar("T")
@@ -24,10 +25,10 @@ PLAN = ExecutePlan(NodeId("n"), Epoch(1), OrderNumber(3), Step(4), True, (Share(
 class Lot(ParkingLot):
     """Tells when somebody stands."""
 
-    def __init__(self, order_timeout: float = 5.0) -> None:
+    def __init__(self, order_timeout: float = 5.0, pulse: Pulse | None = None) -> None:
         self.stood = threading.Semaphore(0)
         self.matched: list[Match] = []
-        super().__init__(order_timeout, self.stood.release, self.matched.extend)
+        super().__init__(order_timeout, self.stood.release, self.matched.extend, pulse)
 
 
 def in_background(call: Callable[[], T]) -> Future[T]:
@@ -65,6 +66,42 @@ def test_a_stopped_thread_stands_before_its_operation_until_a_plan_unwinds_it() 
         parked.result(5)
     assert lot.stand is None
     assert lot.take_plan() == PLAN
+
+
+class Recorded(Pulse):
+    """Keeps what was waited for, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.waits: list[str] = []
+
+    def enter(self, group: str, operation: str) -> None:
+        self.waits.append(operation)
+
+    def leave(self) -> None:
+        self.waits.append("")
+
+
+def test_whoever_stands_is_not_busy() -> None:
+    lot = Lot(pulse=(pulse := Recorded()))
+    lot.stop()
+    waiting = in_background(lambda: lot.wait_until(lambda: False, "a mirror"))
+    assert lot.stood.acquire(timeout=5)
+    assert pulse.waits == ["a mirror", "the order how to go on"]
+    lot.get_out_of_the_way(advance=True, answer=None)
+    assert lot.stood.acquire(timeout=5)
+    assert pulse.waits[2:] == ["", "a mirror", "the order how to go on"]
+    lot.execute(PLAN)
+    with pytest.raises(Interrupted):
+        waiting.result(5)
+    assert pulse.waits[-1] == ""
+
+
+def test_whose_operation_failed_waits_for_an_order() -> None:
+    lot = Lot(order_timeout=0.01, pulse=(pulse := Recorded()))
+    with pytest.raises(RuntimeError):
+        lot.failed(SPOT, RuntimeError("the connection is gone"))
+    assert pulse.waits == ["the order to stop", ""]
 
 
 def test_an_advanced_thread_does_one_operation_and_stands_again() -> None:

@@ -88,7 +88,8 @@ class BadLuck:
             self.world.now = max(self.world.now, self.spare_at)
             self._add_spare()
             return True
-        if deadline is None:
+        is_training = isinstance(self.world.job.phase, Training)
+        if deadline is None or (is_training and deadline <= self.world.now):
             # A hang without a loss: the agents see who does not move, and that the others wait.
             return self._tell_of_hangs()
         return False

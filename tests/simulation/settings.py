@@ -11,6 +11,7 @@ from megatron_flashrecovery.core.job import JobConfig
 
 LAYOUTS = [(2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 4, 2), (2, 2, 3), (2, 4, 2), (1, 1, 8), (2, 2, 4), (4, 1, 2), (1, 2, 2)]
 _ALARMS = 0.15
+_POISONS = 0.2
 PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
 
 
@@ -95,6 +96,8 @@ class Settings:
     notice: float = 0.3
     checkpoint_every: int = 0
     forms_kept: int = 8
+    are_suspected: bool = False
+    """Every device was suspected once before."""
     off: frozenset[str] = frozenset()
 
     @cached_property
@@ -145,6 +148,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         faults=(
             *(_draw_fault(rng, nodes) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4]))),
             *_draw_alarm(seed, off),
+            *_draw_poison(seed, off),
         ),
         spares=rng.choice([0, 1, 1, 2]),
         spare_delay=rng.choice([0.0, 0.5, 5.0]),
@@ -156,6 +160,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         late_mirrors=rng.choice([0.02, 0.02, 0.5]),
         notice=rng.choice([0.0, 0.3, 1.0]),
         checkpoint_every=rng.choice([0, 0, 1, 2]),
+        are_suspected=Random(f"suspects {seed}").random() < 0.3,
         forms_kept=0 if "matching" in off else rng.choice([0, 1, 2, 8, 8, 8]),
         off=off,
     )
@@ -167,6 +172,19 @@ def _draw_alarm(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
     if off or rng.random() > _ALARMS:
         return ()
     return (Fault("turn", rng.random(), rng.choice([0, 3, 30]), "one", "alarm"),)
+
+
+def _draw_poison(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
+    """Memory of some ranks turns out wrong. Drawn apart, too."""
+    rng = Random(f"poison {seed}")
+    if off - {"poison"} or rng.random() > _POISONS:
+        return ()
+    when = ["turn"] * 3 + ["Draining", "Staffing", "Executing", "WRITING"]
+    victims = ["one", "one", "replacement"]
+    return tuple(
+        Fault(rng.choice(when), rng.random(), rng.choice([0, 3, 30]), rng.choice(victims), "poison")
+        for _ in range(rng.choice([1, 1, 2, 3]))
+    )
 
 
 def _draw_fault(rng: Random, nodes: int) -> Fault:

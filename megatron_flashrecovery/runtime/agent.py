@@ -11,7 +11,6 @@ import queue
 import select
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,9 +28,9 @@ from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.detect.out_of_memory import OutOfMemory
 from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.departures import Departures
-from megatron_flashrecovery.runtime.injector import injection_orders
+from megatron_flashrecovery.runtime.injections import Injections
 from megatron_flashrecovery.runtime.inquest import Inquest
-from megatron_flashrecovery.runtime.launch_config import Injection, LaunchConfig
+from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.relay import merged, narrowed
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
 from megatron_flashrecovery.runtime.seating import grant, seats_described
@@ -73,7 +72,7 @@ class Agent:
         self._described: dict[Rank, dialogue.Described] = {}
         self._watch = Watch(node, Pace(unknown=config.deadlines.hang_timeout))
         self._inquest = Inquest(self._watch, OutOfMemory())
-        self._fired: set[int] = set()
+        self.injections = Injections(config.injections, self.ranks)
         self._departures = Departures(self.ranks)
         self._end_by: float | None = None
         self._dismissal: node_messages.Dismiss | None = None
@@ -102,10 +101,6 @@ class Agent:
             if self._end_by is not None and time.monotonic() >= self._end_by:
                 return self._out_of_patience()
         return self._dismissal
-
-    def never_happened(self) -> list[Injection]:
-        """Of the faults that were asked for here."""
-        return [i for at, i in enumerate(self._config.injections) if i.rank in self.ranks and at not in self._fired]
 
     # --- orders from the controller -----------------------------------------------------------------------------------
 
@@ -150,12 +145,22 @@ class Agent:
                     self._say(worker, replace(order, shares=tuple(s for s in shares if s.rank == rank)))
             case core.Fence():
                 self._fence(order)
+            case node_messages.Inject():
+                self._inject(order)
             case signal.Signals():
                 self._pass_on(order)
             case node_messages.Dismiss():
                 self._dismissal = order
             case _:
                 raise AssertionError(f"the controller ordered {order}")
+
+    def _inject(self, request: node_messages.Inject) -> None:
+        accepted = self.injections.accept(request.spec)
+        refusal = accepted if isinstance(accepted, str) else ""
+        self._control.send(node_messages.InjectionAnswered(request.name, refusal))
+        for rank, worker in self._workers.seated():
+            if not isinstance(accepted, str) and rank == accepted[0]:
+                self._say(worker, accepted[1])
 
     def _pass_on(self, number: signal.Signals) -> None:
         """To the workers alone: what they have started is theirs to end."""
@@ -230,7 +235,7 @@ class Agent:
             module=config.module,
             script_args=config.script_args,
             environment={**self._environment, **torchrun_environment(config, rank, self._store, self._attempt)},
-            injections=injection_orders(config.injections, rank, self._fired),
+            injections=self.injections.orders(rank),
             drain_timeout=config.deadlines.drain_timeout,
             execute_timeout=config.deadlines.execute_timeout,
             join_timeout=config.deadlines.join_timeout,
@@ -301,9 +306,11 @@ class Agent:
                 self._reported[rank][name] = step
             case dialogue.Raised():
                 self._watch.note_raised(worker.id, message)
-            case dialogue.InjectionFired(index=index, time=announced):
-                self._fired.add(index)
-                self._inquest.note_announced(worker.id, announced)
+            case dialogue.InjectionFired():
+                noted, is_its_end = self.injections.note_fired(message)
+                if is_its_end:
+                    self._inquest.note_announced(worker.id, message.time)
+                told.append(noted)
             case _:
                 raise AssertionError(f"{worker.id} said {message}")
 
@@ -386,8 +393,3 @@ class Agent:
         select.select(waits, [], [], _TICK)
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
-
-    def beat(self, stop: threading.Event) -> None:
-        """On a thread of its own: the agent may be busy with allocating memory, and is not dead for that."""
-        while not stop.wait(self._config.deadlines.heartbeat_interval):
-            self._control.send(node_messages.Heartbeat(self._node))

@@ -14,8 +14,7 @@ from megatron_flashrecovery.core.policy import (
 )
 
 
-@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
-def test_the_words_say_the_numbers_that_decide():
+def test_the_words_say_the_numbers_that_decide_the_numbers_that_decide():
     config, history = JobConfig(), History()
     assert (history.max_setbacks, history.max_missed, history.max_fruitless) == (
         config.max_rounds,
@@ -27,6 +26,7 @@ def test_the_words_say_the_numbers_that_decide():
     assert f"{config.max_fruitless} recoveries in {config.fruitless_window / 60:g} minutes" in FRUITLESS[0]
 
 
+@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
 def test_every_fault_has_rules_and_the_last_of_them_always_applies(fault):
     *others, last = [rule for rule in POLICY if rule.fault is fault]
     assert last.when == "always"

@@ -1,7 +1,7 @@
 """The field's public injector against a running job: each of its faults that a CPU can have, in its own way.
 
-It needs ``nvidia-resiliency-ext`` (0.4.1), which nothing here depends on: ``pip install --no-deps --target DIR`` and DIR
-in ``PYTHONPATH`` will do. The latency is from its own callback, right before the fault, to the controller's new epoch.
+It needs ``nvidia-resiliency-ext`` (0.4.1), on which nothing here depends: ``pip install --no-deps --target DIR``, with
+DIR in ``PYTHONPATH``, will do. The latency is from its own callback, right before the fault, to the new epoch.
 """
 
 from __future__ import annotations

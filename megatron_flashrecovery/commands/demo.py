@@ -56,7 +56,8 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
 def _injected(faults: list[str], arguments: argparse.Namespace) -> frozenset[Rank]:
     """Raises ``ConfigError``: a wrong SPEC is refused before the first run, not after it."""
     # Here: the other commands do without.
-    from megatron_flashrecovery.runtime.launch_config import Injection, LaunchConfig
+    from megatron_flashrecovery.runtime.injection import Injection
+    from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 
     injections = tuple(Injection.parse(spec) for spec in faults)
     LaunchConfig(script=arguments.script, nproc_per_node=arguments.nproc_per_node, injections=injections)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.commands.arguments import Arguments
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.runtime.injection import help_of_spec
 
 if TYPE_CHECKING:
     from megatron_flashrecovery.runtime.launch_config import LaunchConfig
@@ -70,7 +71,12 @@ def add_arguments(parser: Arguments) -> None:
     add("--spares-per-node", type=int, default=0, metavar="K", help="workers that wait, imports done, for a seat")
     add("--no-preload", action="store_true", help="start every worker cold, without the imports done beforehand")
     add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help=_SHUTDOWN)
-    add("--inject", action="append", default=[], metavar="SPEC", help=_FAULT)
+    add("--inject", action="append", default=[], metavar="SPEC", help=help_of_spec())
+    add(
+        "--allow-injection",
+        action="store_true",
+        help="let `flashrecovery inject` lose ranks later on (--inject does, too)",
+    )
     add("--overwrite", action="store_true", help="delete the records of an earlier run in --log-dir")
     for name, what in _DEADLINES.items():
         add(f"--{name}", type=float, default=None, metavar="SECONDS", help=what)
@@ -79,10 +85,6 @@ def add_arguments(parser: Arguments) -> None:
     parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="flags of the script")
 
 
-_FAULT = (
-    "a fault, as in kill:rank=5,step=6,at=backward; kinds: kill, stop, loop, gil, segv, abort, exception, exit; "
-    "at: forward, backward, grad_sync, optimizer, mirror, between"
-)
 _SHUTDOWN = "how long workers have to end by themselves after SIGTERM (30)"
 _SLOW = "whoever computes so many times as long as its peers is said to be slow (1.5; 0: nobody)"
 _DEADLINES = {
@@ -111,7 +113,8 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
 
 
 def launch_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -> LaunchConfig:
-    from megatron_flashrecovery.runtime.launch_config import Deadlines, Injection, LaunchConfig
+    from megatron_flashrecovery.runtime.injection import Injection
+    from megatron_flashrecovery.runtime.launch_config import Deadlines, LaunchConfig
 
     nnodes = _nnodes(arguments.nnodes)
     address, port = _endpoint(arguments)
@@ -132,6 +135,7 @@ def launch_config(arguments: argparse.Namespace, environment: Mapping[str, str])
         spares_per_node=arguments.spares_per_node,
         log_dir=arguments.log_dir or _default_log_dir(),
         injections=tuple(Injection.parse(spec) for spec in arguments.inject),
+        allow_injection=arguments.allow_injection,
         shutdown_timeout=arguments.shutdown_timeout,
         preload=not arguments.no_preload,
         hooks=HOOKS if "--enable-flash-recovery" in arguments.script_args else (),

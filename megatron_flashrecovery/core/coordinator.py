@@ -31,6 +31,7 @@ messages may be reordered and repeated on their way.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NoReturn
 
 from megatron_flashrecovery.core.answers import known_results
@@ -64,7 +65,9 @@ from megatron_flashrecovery.core.messages import (
 from megatron_flashrecovery.core.overdue import LOOK_AGAIN, note_watched, overdue_ranks, stopped_for_good
 from megatron_flashrecovery.core.phases import Draining, Executing, Finished, Halted, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Holdings, Unrecoverable, plan_recovery
-from megatron_flashrecovery.core.staffing import fall_back, fence, fill_homeless, halt, open_epoch
+from megatron_flashrecovery.core.policy import Action, Fault, decide
+from megatron_flashrecovery.core.response import Mishap, respond
+from megatron_flashrecovery.core.staffing import fall_back, fill_homeless, halt, open_epoch
 
 __all__ = ["ImpossibleTransition", "Job", "JobConfig", "handle"]
 
@@ -187,6 +190,7 @@ def _record_executed(job: Job, event: PlanExecuted, ranks: Iterable[Rank], now: 
     match job.phase:
         case Executing() as phase:
             phase.executed.update(ranks)
+            job.renewed.update((rank, phase.plan.resume_step) for rank in ranks)
             return _resume(job, phase, now) if len(phase.executed) == len(job.seats) else []
         case Training():
             return []
@@ -297,8 +301,10 @@ def _order_drain(job: Job, phase: Draining, decision: Disentangle, now: float) -
 def _plan(job: Job, phase: Staffing, now: float) -> list[Command]:
     assert job.timeline is not None
     job.timeline.staffed = job.timeline.planned = now
-    plan = plan_recovery(job.epoch, job.seats, Holdings(phase.census, job.vault, job.failed))
+    holdings = Holdings(phase.census, job.vault, job.failed, job.poisoned, job.renewed)
+    plan = plan_recovery(job.epoch, job.seats, holdings)
     if isinstance(plan, Unrecoverable):
+        assert decide(Fault.NO_COPY, job.history(now)).action is Action.FALL_BACK
         return fall_back(job, str(plan), now)
     job.phase = Executing(plan, deadline=now + job.config.execute_timeout)
     number = job.next_number()
@@ -325,15 +331,14 @@ def _resume(job: Job, phase: Executing, now: float) -> list[Command]:
 def _check_deadlines(job: Job, now: float) -> list[Command]:
     match job.phase:
         case Starting(deadline=deadline) if deadline is not None and now >= deadline:
-            return halt(job, f"no node has room for rank {_names(job.seats.homeless)}")
+            return _stop_without_room(job, job.seats.homeless, now)
         case Executing(deadline=deadline, executed=executed) if now >= deadline:
-            job.rounds += 1
             late = [rank for rank in job.seats.node_of if rank not in executed]
-            return open_epoch(job, {}, f"rank {_names(late)} did not execute the plan in time", now)
+            return _plan_anew(job, f"rank {_names(late)} did not execute the plan in time", now)
         case Draining() | Staffing() as phase:
             late_joiners = [rank for rank, due in phase.joining.items() if now >= due]
             if homeless := job.seats.homeless.intersection(late_joiners):
-                return halt(job, f"no node has room for rank {_names(homeless)}")
+                return _stop_without_room(job, homeless, now)
             if late_joiners:
                 return _fence_late(job, late_joiners, "did not join in time", now)
             if isinstance(phase, Draining):
@@ -363,8 +368,22 @@ def _check_drain(job: Job, phase: Draining, now: float) -> list[Command]:
 
 def _fence_late(job: Job, late: Iterable[Rank], what: str, now: float) -> list[Command]:
     job.rounds += 1
-    ranks = dict.fromkeys(sorted(late), what)
-    return fence(job, ranks, f"rank {_names(ranks)} {what}", now) + _go_on(job, now)
+    ranks = sorted(late)
+    mishaps = dict.fromkeys(ranks, Mishap(Fault.DEADLINE, what))
+    return respond(job, mishaps, f"rank {_names(ranks)} {what}", now, fenced=ranks) + _go_on(job, now)
+
+
+def _plan_anew(job: Job, why: str, now: float) -> list[Command]:
+    job.rounds += 1
+    if decide(Fault.DEADLINE, job.history(now)).action is Action.PLAN_ANEW:
+        return open_epoch(job, {}, why, now)
+    return fall_back(job, f"{job.rounds} deadlines missed in one recovery, the last: {why}", now)
+
+
+def _stop_without_room(job: Job, homeless: Iterable[Rank], now: float) -> list[Command]:
+    rule = decide(Fault.NODE_LOST, replace(job.history(now), has_room=False))
+    assert rule.action is Action.STOP, rule
+    return halt(job, f"no node has room for rank {_names(homeless)}")
 
 
 def _names(ranks: Iterable[Rank]) -> str:

@@ -8,12 +8,15 @@ them, for whoever reads data hangs when the file system does, and all others wai
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from megatron_flashrecovery.core.ids import GroupKey, Rank
+from megatron_flashrecovery.core.ids import GroupKey, Rank, Step
 from megatron_flashrecovery.core.job import SETTLED_AFTER, Job
 from megatron_flashrecovery.core.messages import Command, RanksHung
 from megatron_flashrecovery.core.phases import Training
-from megatron_flashrecovery.core.staffing import fall_back, fence, halt, open_epoch
+from megatron_flashrecovery.core.policy import FRUITLESS, Action, Fault, Rule, decide
+from megatron_flashrecovery.core.response import Mishap, fruitless, respond
+from megatron_flashrecovery.core.staffing import fall_back, halt, open_epoch
 
 _SHOWN = 4
 _SURE_AFTER = 60.0
@@ -54,7 +57,9 @@ def _end_hung(job: Job, now: float) -> list[Command]:
         hangs.crowd_since = now
     if hangs.crowd_since is not None:
         # As long as one of that crowd hangs: those that are left when the others go on are only the last of them.
-        if now < hangs.crowd_since + job.config.hang_timeout:
+        lasted = now >= hangs.crowd_since + job.config.hang_timeout
+        rule = decide(Fault.CROWD, replace(job.history(now), lasted=lasted))
+        if rule.action is Action.NOTE:
             return []
         if len(hung) > at_most:
             return fall_back(job, f"{len(hung)} ranks hang at the same time: {_first(hung)}", now)
@@ -65,7 +70,8 @@ def _end_hung(job: Job, now: float) -> list[Command]:
 
 def end_hung(job: Job, hung: Mapping[Rank, str], now: float) -> list[Command]:
     why = "; ".join(f"rank {rank} hangs: {evidence}" for rank, evidence in sorted(hung.items())[:_SHOWN])
-    return fence(job, {rank: f"hangs: {evidence}" for rank, evidence in hung.items()}, why, now)
+    mishaps = {rank: Mishap(Fault.HANG, f"hangs: {evidence}") for rank, evidence in hung.items()}
+    return respond(job, mishaps, why, now, fenced=tuple(hung))
 
 
 def _send_back(job: Job, now: float) -> list[Command]:
@@ -77,15 +83,29 @@ def _send_back(job: Job, now: float) -> list[Command]:
         return []
     step = max(event.step for event in hangs.told.values())
     why = f"every rank waits for another in step {step}: {describe(waiting, job.seats.members_of)}"
-    if step not in job.deadlocks:
-        job.deadlocks.add(step)
-        return open_epoch(job, {}, why, now)
     assert hangs.waiting_since is not None
-    if now < hangs.waiting_since + min(_SURE_AFTER, job.config.hang_timeout):
-        return []
-    if len({_operation(what) for what in waiting.values()}) == 1:
-        return fall_back(job, f"{why}; again after all went back once", now)
-    return halt(job, f"{why}; again after all went back once, so it is the script's")
+    history = replace(
+        job.history(now),
+        again=step in job.deadlocks,
+        lasted=now >= hangs.waiting_since + min(_SURE_AFTER, job.config.hang_timeout),
+        is_one_operation=len({_operation(what) for what in waiting.values()}) == 1,
+    )
+    return _answer_deadlock(job, decide(Fault.DEADLOCK, history), step, why, now)
+
+
+def _answer_deadlock(job: Job, rule: Rule, step: Step, why: str, now: float) -> list[Command]:
+    match rule.action:
+        case Action.RETRY:
+            job.deadlocks.add(step)
+            return open_epoch(job, {}, why, now)
+        case Action.FALL_BACK if rule.when == FRUITLESS[0]:
+            return fall_back(job, f"{fruitless(job, now)}: {why}", now)
+        case Action.FALL_BACK:
+            return fall_back(job, f"{why}; again after all went back once", now)
+        case Action.STOP:
+            return halt(job, f"{why}; again after all went back once, so it is the script's")
+        case _:
+            return []
 
 
 def few(ranks: int) -> int:

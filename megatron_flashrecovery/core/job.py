@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import Event, Loss, RanksHung
 from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Origin
+from megatron_flashrecovery.core.policy import Fault, History
 from megatron_flashrecovery.core.recovery import Recovery, Timeline
 from megatron_flashrecovery.core.seats import Seats
 from megatron_flashrecovery.core.slowness import OwnTimes
 
+Device: TypeAlias = tuple[NodeId, Rank]
+"""A seat does not move within its node: whoever sits there has the same device."""
+_REPEATABLE = frozenset({Fault.EXCEPTION, Fault.DEVICE_MEMORY, Fault.COMMUNICATOR_ERROR})
 SETTLED_AFTER = 1.0
 """Seconds: whoever hangs with others is seen at about the same time as they are."""
 
@@ -26,8 +31,9 @@ class JobConfig:
     ``drain_timeout`` bounds the time from an order to stop (or to get out of the way) to the report of whoever is not
     seen to be busy; ``drain_grace`` how long operations that should complete by themselves may take. ``max_rounds`` is
     how many deadlines in a row may be missed, and how often one seat may be lost without progress, before the job falls
-    back; ``max_restarts`` how often all workers may be started from the top. ``hang_timeout`` is how long many ranks
-    may hang at the same time. Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is.
+    back; ``max_restarts`` how often all workers may be started from the top. ``max_fruitless`` recoveries may begin
+    within ``fruitless_window`` without a completed step. ``hang_timeout`` is how long many ranks may hang at the same
+    time. Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is.
     """
 
     drain_timeout: float = 10.0
@@ -37,6 +43,8 @@ class JobConfig:
     max_rounds: int = 3
     max_restarts: int = 3
     hang_timeout: float = 600.0
+    max_fruitless: int = 10
+    fruitless_window: float = 1800.0
     slow_factor: float = 1.5
 
     def __post_init__(self) -> None:
@@ -105,7 +113,11 @@ class Job:
         self.rounds = 0
         """Deadlines missed since everybody last trained."""
         self.raised: set[tuple[Rank, Step | None, str]] = set()
-        """The exceptions of the script that ended workers."""
+        """The faults that ended workers, of those that a retry would repeat: exceptions of the script and the like."""
+        self.begun: deque[float] = deque(maxlen=config.max_fruitless)
+        """When recoveries began since the job last made progress; the last few."""
+        self.suspicions: Counter[Device] = Counter()
+        """How often each device was suspected. Nothing clears them but another job."""
         self.deadlocks: set[Step] = set()
         """The steps in which everybody waited for everybody."""
         self.base = Epoch(0)
@@ -137,11 +149,15 @@ class Job:
         """Ranks whose step in progress goes on with void contents."""
         self.failed: Counter[tuple[Rank, Origin, Step]] = Counter()
         """How often a rank could not be restored from a source."""
+        self.poisoned: set[Rank] = set()
+        """Seats whose worker had a memory that may have been wrong: what it kept is no source."""
+        self.renewed: set[tuple[Rank, Step]] = set()
+        """Who has executed a plan of this recovery, and to which step: then its copies of that step are new ones."""
 
     def note_resume(self, step: Step) -> None:
         """Everybody goes on from here. Further on than the last time is progress."""
         if self.last_resume is None or step > self.last_resume:
-            self.setbacks.clear()
+            self._note_progress()
             # What happens again later on, or at a later start, is another story.
             self.raised = {raised for raised in self.raised if raised[1] is not None and raised[1] > step}
             self.deadlocks = {deadlock for deadlock in self.deadlocks if deadlock > step}
@@ -153,16 +169,50 @@ class Job:
         newest = max(steps, default=None)
         if newest is not None and (self.newest_kept is None or newest > self.newest_kept):
             self.newest_kept = newest
-            self.setbacks.clear()
+            self._note_progress()
 
-    def has_raised_before(self, loss: Loss) -> bool:
-        """The same exception in the same step of the same rank. What it raised now is kept."""
-        if loss.raised is None:
+    def _note_progress(self) -> None:
+        self.setbacks.clear()
+        self.begun.clear()
+
+    def has_happened_before(self, loss: Loss) -> bool:
+        """The same exception, or the like, in the same step of the same rank. What happened now is kept."""
+        if loss.fault not in _REPEATABLE:
             return False
-        raised = (loss.rank, loss.step, loss.raised)
+        raised = (loss.rank, loss.step, loss.raised or loss.fault.value)
         is_known = raised in self.raised
         self.raised.add(raised)
         return is_known
+
+    def suspect(self, rank: Rank) -> None:
+        """The device of this seat, on the node where it is now."""
+        self.suspicions[self.seats.node_of[rank], rank] += 1
+
+    def history(self, now: float, rank: Rank | None = None) -> History:
+        """Of the job; of a fault of this rank, also of its seat and of its device."""
+        recent = sum(now - begun < self.config.fruitless_window for begun in self.begun)
+        node = None if rank is None else self.seats.node_of.get(rank)
+        return History(
+            setbacks=0 if rank is None else self.setbacks[rank],
+            max_setbacks=self.config.max_rounds,
+            suspicions=0 if rank is None or node is None else self.suspicions[node, rank],
+            missed=self.rounds,
+            max_missed=self.config.max_rounds,
+            fruitless=recent + (self.timeline is None),
+            max_fruitless=self.config.max_fruitless,
+            is_starting=isinstance(self.phase, Starting),
+            is_executing=isinstance(self.phase, Executing),
+            has_room=node is None or self.has_room_for(node),
+        )
+
+    def has_room_for(self, node: NodeId) -> bool:
+        """Whether the other nodes could take all its seats."""
+        free = sum(
+            max(0, capacity - len(self.seats.ranks_on.get(other, ())))
+            for other, capacity in self.capacity.items()
+            if other != node
+        )
+        return free >= len(self.seats.ranks_on.get(node, ()))
 
     def next_number(self) -> OrderNumber:
         self.number = OrderNumber(self.number + 1)

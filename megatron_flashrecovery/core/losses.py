@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Command, Loss, NodeLost, PlanFailed, WorkersLost
-from megatron_flashrecovery.core.phases import Executing, Starting
-from megatron_flashrecovery.core.staffing import fence, halt, open_epoch, restart
-
-_SHOWN = 8
+from megatron_flashrecovery.core.phases import Executing
+from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.response import SHOWN, Mishap, respond
 
 
 def lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
@@ -19,18 +18,31 @@ def lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
         if job.seats.node_of.get(loss.rank) != event.node:
             continue
         kept = event.vault.get(loss.rank, ())
-        if loss.epoch is not None and loss.epoch == job.fenced.get(loss.rank):
+        was_fenced = loss.epoch is not None and loss.epoch == job.fenced.get(loss.rank)
+        if was_fenced:
             del job.fenced[loss.rank]
             job.vault[loss.rank] = kept
         is_known = loss.worker in job.gone or (loss.epoch is not None and loss.epoch < job.started_for(loss.rank))
         job.gone.add(loss.worker)
+        if loss.fault is Fault.DEVICE_POISONED and (was_fenced or not is_known):
+            _distrust(job, loss.rank)
         if not is_known:
             news[loss.rank] = loss
             job.vault[loss.rank] = kept
             job.note_kept(kept)
-    if again := [loss for loss in news.values() if job.has_raised_before(loss)]:
-        return halt(job, _same_again(again))
-    return _lose(job, {rank: loss.cause for rank, loss in news.items()}, now)
+    mishaps = {
+        rank: Mishap(loss.fault, loss.cause, job.has_happened_before(loss), loss.step, loss.raised)
+        for rank, loss in news.items()
+    }
+    return _lose(job, mishaps, now)
+
+
+def _distrust(job: Job, rank: Rank) -> None:
+    """Whatever this seat keeps, of its own and for its guests, may be wrong; what others keep of it was right when it
+    was copied."""
+    job.poisoned.add(rank)
+    keeps = {rank, *job.seats.guests_of.get(rank, ())}
+    job.renewed = {renewed for renewed in job.renewed if renewed[0] not in keeps}
 
 
 def lose_node(job: Job, event: NodeLost, now: float) -> list[Command]:
@@ -39,7 +51,7 @@ def lose_node(job: Job, event: NodeLost, now: float) -> list[Command]:
     for rank in ranks:
         job.vault.pop(rank, None)
         job.fenced.pop(rank, None)
-    return _lose(job, dict.fromkeys(ranks, f"node {event.node} is gone: {event.cause}"), now)
+    return _lose(job, dict.fromkeys(ranks, Mishap(Fault.NODE_LOST, f"node {event.node} is gone: {event.cause}")), now)
 
 
 def give_up_rank(job: Job, event: PlanFailed, now: float) -> list[Command]:
@@ -51,21 +63,11 @@ def give_up_rank(job: Job, event: PlanFailed, now: float) -> list[Command]:
     if (origin := job.phase.plan.origin_of.get(event.rank)) is not None:
         job.failed[event.rank, origin, job.phase.plan.resume_step] += 1
     why = f"rank {event.rank} could not execute the plan: {event.reason}"
-    return fence(job, {event.rank: event.reason}, why, now)
+    return respond(job, {event.rank: Mishap(Fault.PLAN_FAILED, event.reason)}, why, now, fenced=[event.rank])
 
 
-def _lose(job: Job, causes: Mapping[Rank, str], now: float) -> list[Command]:
-    if not causes:
+def _lose(job: Job, mishaps: Mapping[Rank, Mishap], now: float) -> list[Command]:
+    if not mishaps:
         return []
-    why = "; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(causes.items())[:_SHOWN])
-    if isinstance(job.phase, Starting):
-        return restart(job, f"lost before everybody had started: {why}", now)
-    return open_epoch(job, causes, why, now)
-
-
-def _same_again(losses: list[Loss]) -> str:
-    """A replacement on the same state, with the same data, came to the same end: so would all that follow."""
-    ranks = ", ".join(str(loss.rank) for loss in losses[:_SHOWN]) + (", ..." if len(losses) > _SHOWN else "")
-    first = losses[0]
-    where = f"in step {first.step}" if first.step is not None else "before its first step"
-    return f"rank {ranks} raised the same exception {where} again after a retry, so it is the script's: {first.raised}"
+    why = "; ".join(f"rank {rank}: {mishaps[rank].cause}" for rank in sorted(mishaps)[:SHOWN])
+    return respond(job, mishaps, why, now)

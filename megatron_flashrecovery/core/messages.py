@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.shares import Share
 
 
@@ -130,7 +131,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Loss:
-    """One worker that is gone. ``cause`` is for people: ``killed by SIGKILL``, ``exit code 1``, ``missed a deadline``.
+    """One worker that is gone. ``cause`` is for people: ``killed by SIGKILL``, ``exit code 1``, ``missed a deadline``;
+    ``fault`` is its class, by which it is decided what to do.
 
     ``epoch`` is the one that it was started for, so that the end of a fenced worker is not taken for the end of its
     replacement. ``step`` is the one that it was computing, if it had begun with any; ``raised`` is the exception that
@@ -143,6 +145,7 @@ class Loss:
     epoch: Epoch | None = None
     step: Step | None = None
     raised: str | None = None
+    fault: Fault = Fault.PROCESS_ENDED
 
 
 @dataclass(frozen=True)
@@ -370,12 +373,14 @@ class Resume:
 @dataclass(frozen=True)
 class Fence:
     """End the workers of these seats of this node for good (they missed a deadline, or could not execute the plan), but
-    only those that were started for an epoch older than ``epoch``: an order that comes late hits no replacement."""
+    only those that were started for an epoch older than ``epoch``: an order that comes late hits no replacement.
+    ``fault`` is the class of what they are ended for, and that of the losses that follow."""
 
     node: NodeId
     ranks: tuple[Rank, ...]
     reason: str
     epoch: Epoch
+    fault: Fault = Fault.DEADLINE
 
 
 @dataclass(frozen=True)

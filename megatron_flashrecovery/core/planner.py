@@ -15,12 +15,17 @@ Live memory counts only together with the own snapshot of the same step: early p
 
 A source that somebody failed to restore from in this recovery is tried again only if there is no other one of the same
 step; one that failed twice does not exist (invariant 8), and an older step may be what is left.
+
+What a seat kept whose worker had a memory that may have been wrong (``poisoned``) is no source: neither what it left of
+its own state nor the mirrors of its guests, also if a replacement finds them there, until these ranks have executed a
+plan and so brought new ones. The mirror of its own state at *its* host is one: it was right when it was copied.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from megatron_flashrecovery.core.census import Census
@@ -53,11 +58,18 @@ class Origin:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a plan may draw on: the reports, what agents kept of replaced workers, and how often sources have failed."""
+    """What a plan may draw on: the reports, what agents kept of replaced workers, how often sources have failed, whose
+    copies may be wrong, and who has brought new ones of which step."""
 
     census: Census
     vault: Mapping[Rank, tuple[Step, ...]] = field(default_factory=dict)
     failed: Mapping[tuple[Rank, Origin, Step], int] = field(default_factory=dict)
+    poisoned: AbstractSet[Rank] = frozenset()
+    renewed: AbstractSet[tuple[Rank, Step]] = frozenset()
+
+    def trusts(self, keeper: Rank, rank: Rank, step: Step) -> bool:
+        """Whether what ``keeper`` has of the state of ``rank`` counts."""
+        return keeper not in self.poisoned or (rank, step) in self.renewed
 
 
 @dataclass(frozen=True)
@@ -141,36 +153,36 @@ def is_live(report: Report | None, step: Step, sharded: bool) -> bool:
 
 
 def _sharded(holdings: Holdings, rank: Rank, step: Step) -> Iterator[Origin]:
-    report = holdings.census.reports.get(rank)
-    if is_live(report, step, sharded=True):
+    report, trusted = holdings.census.reports.get(rank), holdings.trusts(rank, rank, step)
+    if trusted and is_live(report, step, sharded=True):
         yield LIVE
-    if report is not None and step in report.own:
+    if trusted and report is not None and step in report.own:
         yield OWN
     host = holdings.census.seats.host_of.get(rank)
     if _has_mirror(holdings, rank, host, step):
         yield Origin(Source.MIRROR, giver=host)
-    if report is None and step in holdings.vault.get(rank, ()):
+    if trusted and report is None and step in holdings.vault.get(rank, ()):
         yield OWN
 
 
 def _replicated(holdings: Holdings, rank: Rank, step: Step) -> Iterator[Origin]:
     census = holdings.census
-    report = census.reports.get(rank)
-    if is_live(report, step, sharded=False):
+    report, trusted = census.reports.get(rank), holdings.trusts(rank, rank, step)
+    if trusted and is_live(report, step, sharded=False):
         yield LIVE
         return
     peers = [
         peer
         for peer in census.seats.peers_of.get(rank, ())
-        if peer != rank and is_live(census.reports.get(peer), step, sharded=False)
+        if peer != rank and holdings.trusts(peer, peer, step) and is_live(census.reports.get(peer), step, sharded=False)
     ]
     values: list[Rank | None] = []
-    if report is not None and step in report.own:
+    if trusted and report is not None and step in report.own:
         values.append(None)
     host = census.seats.host_of.get(rank)
     if _has_mirror(holdings, rank, host, step):
         values.append(host)
-    if report is None and step in holdings.vault.get(rank, ()):
+    if trusted and report is None and step in holdings.vault.get(rank, ()):
         values.append(None)
     for unique_from in values:
         # Start at a different peer for each rank: one giver should not serve a whole node.
@@ -180,7 +192,9 @@ def _replicated(holdings: Holdings, rank: Rank, step: Step) -> Iterator[Origin]:
 
 def _has_mirror(holdings: Holdings, rank: Rank, host: Rank | None, step: Step) -> bool:
     report = None if host is None else holdings.census.reports.get(host)
-    return report is not None and step in report.guests.get(rank, ())
+    if report is None or host is None or not holdings.trusts(host, rank, step):
+        return False
+    return step in report.guests.get(rank, ())
 
 
 def _write_plan(

@@ -5,9 +5,10 @@ The first rule of a fault that applies is the one that counts, and the last one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeAlias
 
 
 class Fault(Enum):
@@ -22,12 +23,14 @@ class Fault(Enum):
     """The device context is lost; memory that was copied from the device before is true."""
     DEVICE_MEMORY = "out of device memory"
     DEVICE_POISONED = "uncorrectable memory error"
-    """Nobody knows since when the memory of this device was wrong."""
+    """Nothing that this rank kept for itself or for others is a source any more."""
     COMMUNICATOR_ERROR = "communicator error"
     HANG = "hang"
     CROWD = "hang of many"
     DEADLOCK = "everybody waits"
     DEADLINE = "missed deadline"
+    PLAN_FAILED = "plan cannot be executed"
+    NO_COPY = "no copy of a state left"
     NODE_LOST = "node lost"
     BAD_NUMBERS = "bad numbers"
     """NaN or Inf in loss or gradients, or a spike, seen before the update."""
@@ -44,8 +47,20 @@ class Action(Enum):
     SKIP = "skip the batch and record it"
     ROLL_BACK = "roll back one step and retry"
     FALL_BACK = "newest checkpoint"
+    START_ANEW = "start all again"
+    PLAN_ANEW = "stop everybody and plan again"
     NOTE = "note it"
     STOP = "stop"
+
+
+NOTES: Mapping[Action, str] = {
+    Action.FALL_BACK: "or the start, if no step was completed; the job stops if there is no checkpoint, or if all "
+    "workers were started again --max-restarts times",
+    Action.START_ANEW: "from the newest checkpoint, if there is one; the job stops behind --max-restarts",
+    Action.REPLACE_NODE: "its seats move to nodes that have room",
+    Action.NOTE: "and wait",
+}
+"""What an action does not say by its name."""
 
 
 class NanChoice(Enum):
@@ -59,14 +74,28 @@ class NanChoice(Enum):
 @dataclass(frozen=True)
 class History:
     """What happened before. ``again``: the same fault, in the same step, on the same rank (of a job's faults: in the
-    job), after a retry. ``setbacks``: how often this seat was lost without progress, this time included.
-    ``suspicions``: how often this device was suspected, this time included."""
+    job), after a retry. ``setbacks``: how often this seat was lost without progress, ``suspicions``: how often this
+    device was suspected, ``missed``: deadlines in this recovery, ``fruitless``: recoveries within ``window`` seconds
+    without a completed step; this time is included in each.
+
+    ``is_starting``: before every rank has come to its first step. ``is_executing``: while the ranks execute a plan.
+    ``lasted``: for as long as makes sure. ``is_one_operation``: all wait in the same one. ``has_room``: of other nodes.
+    """
 
     again: bool = False
     setbacks: int = 0
     suspicions: int = 0
     max_setbacks: int = 3
     nan: NanChoice = NanChoice.STOP
+    missed: int = 0
+    max_missed: int = 3
+    fruitless: int = 0
+    max_fruitless: int = 10
+    is_starting: bool = False
+    is_executing: bool = False
+    lasted: bool = False
+    is_one_operation: bool = False
+    has_room: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,42 +108,100 @@ class Rule:
     applies: Callable[[History], bool] = lambda _: True
 
 
-_ALWAYS = "always"
+Condition: TypeAlias = tuple[str, Callable[[History], bool]]
 
-_LOST_OFTEN = ("the seat was lost too often without progress", lambda history: history.setbacks > history.max_setbacks)
-_SUSPECTED = ("its device was suspected before", lambda history: history.suspicions > 1)
-_AGAIN = ("again in the same step of the same rank, after a retry", lambda history: history.again)
+ALWAYS = "always"
+
+LOST_OFTEN: Condition = (
+    "the seat was lost more than 3 times without progress",
+    lambda history: history.setbacks > history.max_setbacks,
+)
+FRUITLESS: Condition = (
+    "more than 10 recoveries in 30 minutes without a completed step",
+    lambda history: history.fruitless > history.max_fruitless,
+)
+MISSED_OFTEN: Condition = (
+    "more than 3 deadlines missed in one recovery",
+    lambda history: history.missed > history.max_missed,
+)
+STARTING: Condition = ("before every rank has come to its first step", lambda history: history.is_starting)
+SUSPECTED: Condition = ("its device was suspected before", lambda history: history.suspicions > 1)
+SUSPECTED_WITHOUT_ROOM: Condition = (
+    "its device was suspected before, and no other node has room",
+    lambda history: history.suspicions > 1 and not history.has_room,
+)
+AGAIN: Condition = ("again in the same step of the same rank, after a retry", lambda history: history.again)
+NO_NODE: Condition = ("no other node has come within --join-timeout", lambda history: not history.has_room)
+
+SUSPECTS_A_DEVICE = frozenset({Fault.DEVICE_ERROR, Fault.DEVICE_POISONED, Fault.CORRUPTION})
 
 
 def _ends_a_process(fault: Fault) -> list[Rule]:
     return [
-        Rule(fault, _LOST_OFTEN[0], Action.FALL_BACK, _LOST_OFTEN[1]),
-        Rule(fault, _ALWAYS, Action.REPLACE_PROCESS),
+        Rule(fault, STARTING[0], Action.START_ANEW, STARTING[1]),
+        Rule(fault, LOST_OFTEN[0], Action.FALL_BACK, LOST_OFTEN[1]),
+        Rule(fault, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),
+        Rule(fault, ALWAYS, Action.REPLACE_PROCESS),
+    ]
+
+
+def _suspects(fault: Fault) -> list[Rule]:
+    return [
+        Rule(fault, SUSPECTED_WITHOUT_ROOM[0], Action.STOP, SUSPECTED_WITHOUT_ROOM[1]),
+        Rule(fault, SUSPECTED[0], Action.REPLACE_NODE, SUSPECTED[1]),
     ]
 
 
 def _of_a_device(fault: Fault) -> list[Rule]:
-    return [Rule(fault, _SUSPECTED[0], Action.REPLACE_NODE, _SUSPECTED[1]), *_ends_a_process(fault)]
+    return [*_suspects(fault), *_ends_a_process(fault)]
 
 
 POLICY: Sequence[Rule] = (
     *_ends_a_process(Fault.PROCESS_ENDED),
-    Rule(Fault.EXCEPTION, _AGAIN[0], Action.STOP, _AGAIN[1]),
+    Rule(Fault.EXCEPTION, AGAIN[0], Action.STOP, AGAIN[1]),
     *_ends_a_process(Fault.EXCEPTION),
     *_ends_a_process(Fault.OUT_OF_MEMORY),
     *_of_a_device(Fault.DEVICE_ERROR),
-    Rule(Fault.DEVICE_MEMORY, _AGAIN[0], Action.STOP, _AGAIN[1]),
+    Rule(Fault.DEVICE_MEMORY, AGAIN[0], Action.STOP, AGAIN[1]),
     *_ends_a_process(Fault.DEVICE_MEMORY),
     *_of_a_device(Fault.DEVICE_POISONED),
-    Rule(Fault.COMMUNICATOR_ERROR, _AGAIN[0], Action.FALL_BACK, _AGAIN[1]),
-    Rule(Fault.COMMUNICATOR_ERROR, _ALWAYS, Action.RETRY),
+    Rule(Fault.COMMUNICATOR_ERROR, STARTING[0], Action.START_ANEW, STARTING[1]),
+    Rule(Fault.COMMUNICATOR_ERROR, AGAIN[0], Action.FALL_BACK, AGAIN[1]),
+    Rule(Fault.COMMUNICATOR_ERROR, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),
+    Rule(Fault.COMMUNICATOR_ERROR, ALWAYS, Action.RETRY),
     *_ends_a_process(Fault.HANG),
-    Rule(Fault.CROWD, "for longer than --hang-timeout", Action.FALL_BACK, lambda history: history.again),
-    Rule(Fault.CROWD, _ALWAYS, Action.NOTE),
-    Rule(Fault.DEADLOCK, _AGAIN[0], Action.STOP, _AGAIN[1]),
-    Rule(Fault.DEADLOCK, _ALWAYS, Action.RETRY),
+    Rule(Fault.CROWD, "for longer than --hang-timeout", Action.FALL_BACK, lambda history: history.lasted),
+    Rule(Fault.CROWD, ALWAYS, Action.NOTE),
+    Rule(
+        Fault.DEADLOCK,
+        "again in the same step, for a minute, all in the same operation",
+        Action.FALL_BACK,
+        lambda history: history.again and history.lasted and history.is_one_operation,
+    ),
+    Rule(
+        Fault.DEADLOCK,
+        "again in the same step, for a minute",
+        Action.STOP,
+        lambda history: history.again and history.lasted,
+    ),
+    Rule(Fault.DEADLOCK, "again in the same step, not yet for a minute", Action.NOTE, lambda history: history.again),
+    Rule(Fault.DEADLOCK, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),
+    Rule(Fault.DEADLOCK, ALWAYS, Action.RETRY),
+    Rule(Fault.DEADLINE, MISSED_OFTEN[0], Action.FALL_BACK, MISSED_OFTEN[1]),
+    Rule(
+        Fault.DEADLINE,
+        "while the ranks execute a plan: one that hangs makes all others late",
+        Action.PLAN_ANEW,
+        lambda history: history.is_executing,
+    ),
     *_ends_a_process(Fault.DEADLINE),
-    Rule(Fault.NODE_LOST, _ALWAYS, Action.REPLACE_NODE),
+    *_ends_a_process(Fault.PLAN_FAILED),
+    Rule(Fault.NO_COPY, ALWAYS, Action.FALL_BACK),
+    Rule(Fault.NODE_LOST, NO_NODE[0], Action.STOP, NO_NODE[1]),
+    Rule(Fault.NODE_LOST, STARTING[0], Action.START_ANEW, STARTING[1]),
+    Rule(Fault.NODE_LOST, LOST_OFTEN[0], Action.FALL_BACK, LOST_OFTEN[1]),
+    Rule(Fault.NODE_LOST, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),
+    Rule(Fault.NODE_LOST, ALWAYS, Action.REPLACE_NODE),
     Rule(
         Fault.BAD_NUMBERS,
         "again on the same data, and --flash-recovery-nan skip",
@@ -133,10 +220,10 @@ POLICY: Sequence[Rule] = (
         Action.FALL_BACK,
         lambda history: history.setbacks > history.max_setbacks,
     ),
-    Rule(Fault.BAD_NUMBERS, _ALWAYS, Action.RETRY),
-    Rule(Fault.CORRUPTION, _SUSPECTED[0], Action.REPLACE_NODE, _SUSPECTED[1]),
-    Rule(Fault.CORRUPTION, _ALWAYS, Action.FALL_BACK),
-    Rule(Fault.SLOW, _ALWAYS, Action.NOTE),
+    Rule(Fault.BAD_NUMBERS, ALWAYS, Action.RETRY),
+    *_suspects(Fault.CORRUPTION),
+    Rule(Fault.CORRUPTION, ALWAYS, Action.FALL_BACK),
+    Rule(Fault.SLOW, ALWAYS, Action.NOTE),
 )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.ids import Epoch, Rank
 from megatron_flashrecovery.core.job import Job
-from megatron_flashrecovery.core.messages import Command, Fence, Park, RestartAll, StartWorkers, Stop
+from megatron_flashrecovery.core.messages import Command, Park, RestartAll, StartWorkers, Stop
 from megatron_flashrecovery.core.phases import Draining, Executing, Halted, Staffing, Starting
 from megatron_flashrecovery.core.recovery import Timeline
 from megatron_flashrecovery.core.slowness import OwnTimes
@@ -22,14 +22,6 @@ from megatron_flashrecovery.core.slowness import OwnTimes
 
 def open_epoch(job: Job, losses: Mapping[Rank, str], why: str, now: float) -> list[Command]:
     """Vacate the seats of ``losses`` (rank -> cause; there may be none), and stop everybody else in a new epoch."""
-    for rank in losses:
-        job.setbacks[rank] += 1
-    worst = max(losses, key=lambda rank: job.setbacks[rank], default=None)
-    if worst is not None and job.setbacks[worst] > job.config.max_rounds:
-        return fall_back(job, f"rank {worst} was lost {job.setbacks[worst]} times without progress: {why}", now)
-    if job.rounds > job.config.max_rounds:
-        return fall_back(job, f"{job.rounds} deadlines missed in one recovery, the last: {why}", now)
-
     joining = dict(job.phase.joining) if isinstance(job.phase, Draining | Staffing) else {}
     joining |= dict.fromkeys(losses, now + job.config.join_timeout)
     if isinstance(job.phase, Executing):
@@ -38,7 +30,9 @@ def open_epoch(job: Job, losses: Mapping[Rank, str], why: str, now: float) -> li
     job.epoch = Epoch(job.epoch + 1)
     job.own_times = OwnTimes()
     job.lost.update(losses)
-    job.timeline = job.timeline or Timeline(opened=now)
+    if job.timeline is None:
+        job.timeline = Timeline(opened=now)
+        job.begun.append(now)
     job.timeline.causes.append(why)
     job.timeline.lost.update(losses)
 
@@ -57,16 +51,6 @@ def open_epoch(job: Job, losses: Mapping[Rank, str], why: str, now: float) -> li
         commands.append(StartWorkers(node, job.epoch, ranks))
         job.staffed.update(dict.fromkeys(ranks, job.epoch))
     return commands + fill_homeless(job, now)
-
-
-def fence(job: Job, ranks: Mapping[Rank, str], why: str, now: float) -> list[Command]:
-    """End the workers of these seats for good, and go on as after any loss."""
-    by_node = job.seats.by_node(ranks)
-    orders: list[Command] = [Fence(node, seats, why, Epoch(job.epoch + 1)) for node, seats in by_node.items()]
-    for rank in ranks:
-        job.vault.pop(rank, None)
-        job.fenced[rank] = job.started_for(rank)
-    return orders + open_epoch(job, ranks, why, now)
 
 
 def fill_homeless(job: Job, now: float) -> list[Command]:
@@ -109,6 +93,7 @@ def restart(job: Job, reason: str, now: float) -> list[Command]:
     job.base = job.epoch
     job.staffed.clear()
     job.setbacks.clear()
+    job.begun.clear()
     job.rounds = 0
     job.last_resume = job.newest_kept = None
     job.deadlocks.clear()

@@ -11,7 +11,6 @@ import queue
 import select
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,16 +24,18 @@ from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.pace import Pace
+from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.detect.out_of_memory import OutOfMemory
 from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.departures import Departures
-from megatron_flashrecovery.runtime.injector import injection_orders
-from megatron_flashrecovery.runtime.launch_config import Injection, LaunchConfig
+from megatron_flashrecovery.runtime.injections import Injections
+from megatron_flashrecovery.runtime.inquest import Inquest
+from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.relay import merged, narrowed
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
 from megatron_flashrecovery.runtime.seating import grant, seats_described
 from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
-from megatron_flashrecovery.runtime.watch import Watch, in_words
+from megatron_flashrecovery.runtime.watch import Watch
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
 from megatron_flashrecovery.state.vault import Vault
 
@@ -69,11 +70,9 @@ class Agent:
         self._startup: dict[Rank, bytes] = {}
         self._reported: dict[Rank, dict[str, Step]] = defaultdict(dict)
         self._described: dict[Rank, dialogue.Described] = {}
-        self._announced: dict[WorkerId, float] = {}
-        self._fenced: dict[WorkerId, str] = {}
         self._watch = Watch(node, Pace(unknown=config.deadlines.hang_timeout))
-        self._out_of_memory = OutOfMemory()
-        self._fired: set[int] = set()
+        self._inquest = Inquest(self._watch, OutOfMemory())
+        self.injections = Injections(config.injections, self.ranks)
         self._departures = Departures(self.ranks)
         self._end_by: float | None = None
         self._dismissal: node_messages.Dismiss | None = None
@@ -102,10 +101,6 @@ class Agent:
             if self._end_by is not None and time.monotonic() >= self._end_by:
                 return self._out_of_patience()
         return self._dismissal
-
-    def never_happened(self) -> list[Injection]:
-        """Of the faults that were asked for here."""
-        return [i for at, i in enumerate(self._config.injections) if i.rank in self.ranks and at not in self._fired]
 
     # --- orders from the controller -----------------------------------------------------------------------------------
 
@@ -147,14 +142,24 @@ class Agent:
                 self._number = number
                 for rank, worker in self._workers.seated():
                     self._say(worker, replace(order, shares=tuple(s for s in shares if s.rank == rank)))
-            case core.Fence(ranks=ranks, reason=reason, epoch=epoch):
-                self._fence(ranks, reason, epoch)
+            case core.Fence():
+                self._fence(order)
+            case node_messages.Inject():
+                self._inject(order)
             case signal.Signals():
                 self._pass_on(order)
             case node_messages.Dismiss():
                 self._dismissal = order
             case _:
                 raise AssertionError(f"the controller ordered {order}")
+
+    def _inject(self, request: node_messages.Inject) -> None:
+        accepted = self.injections.accept(request.spec)
+        refusal = accepted if isinstance(accepted, str) else ""
+        self._control.send(node_messages.InjectionAnswered(request.name, refusal))
+        for rank, worker in self._workers.seated():
+            if not isinstance(accepted, str) and rank == accepted[0]:
+                self._say(worker, accepted[1])
 
     def _pass_on(self, number: signal.Signals) -> None:
         """To the workers alone: what they have started is theirs to end."""
@@ -174,12 +179,13 @@ class Agent:
         told = f"{self._config.shutdown_timeout:g} s after {self._departures.passed_on.name}"
         return node_messages.Dismiss(f"rank {late} had not ended {told}", 1)
 
-    def _fence(self, ranks: tuple[Rank, ...], reason: str, epoch: Epoch) -> None:
+    def _fence(self, order: core.Fence) -> None:
         """Its end is told as a loss, for what it left in the vault counts."""
-        fenced = [w for rank, w in self._workers.seated() if rank in ranks and w.seat and w.seat.epoch < epoch]
+        seated = [worker for rank, worker in self._workers.seated() if rank in order.ranks]
+        fenced = [worker for worker in seated if worker.seat and worker.seat.epoch < order.epoch]
         self._watch.ask_for_stacks(fenced)
+        self._inquest.note_fenced(fenced, order.reason, order.fault)
         for worker in fenced:
-            self._fenced[worker.id] = reason
             self._workers.kill(worker)
 
     def _end_seated(self, ranks: tuple[Rank, ...]) -> None:
@@ -228,7 +234,7 @@ class Agent:
             module=config.module,
             script_args=config.script_args,
             environment={**self._environment, **torchrun_environment(config, rank, self._store, self._attempt)},
-            injections=injection_orders(config.injections, rank, self._fired),
+            injections=self.injections.orders(rank),
             drain_timeout=config.deadlines.drain_timeout,
             execute_timeout=config.deadlines.execute_timeout,
             join_timeout=config.deadlines.join_timeout,
@@ -299,9 +305,11 @@ class Agent:
                 self._reported[rank][name] = step
             case dialogue.Raised():
                 self._watch.note_raised(worker.id, message)
-            case dialogue.InjectionFired(index=index, time=announced):
-                self._fired.add(index)
-                self._announced[worker.id] = announced
+            case dialogue.InjectionFired():
+                noted, is_its_end = self.injections.note_fired(message)
+                if is_its_end:
+                    self._inquest.note_announced(worker.id, message.time)
+                told.append(noted)
             case _:
                 raise AssertionError(f"{worker.id} said {message}")
 
@@ -332,7 +340,7 @@ class Agent:
 
     def _is_loss(self, end: WorkerEnded) -> bool:
         worker = end.worker
-        if worker.seat is None or (worker.doomed and worker.id not in self._fenced):
+        if worker.seat is None or (worker.doomed and not self._inquest.was_fenced(worker.id)):
             return False
         if self._refuses_to_start(end):
             return False
@@ -345,20 +353,12 @@ class Agent:
             self._control.send(core.WorkersLost(self._node, losses, vault))
 
     def _loss(self, end: WorkerEnded) -> core.Loss:
-        rank, worker = end.worker.rank, end.worker
-        assert rank is not None
-        announced = self._announced.get(worker.id)
-        self._control.send(node_messages.DeathNoted(rank, worker.pid or 0, time.time(), announced))
-        words = self._watch.last_words(rank, worker.id)
-        self._control.send(words)
-        cause = self._fenced.pop(worker.id, None) or self._cause(end) + in_words(words)
-        assert worker.seat is not None
-        return core.Loss(rank, worker.id, cause, worker.seat.epoch, words.step, words.raised)
-
-    def _cause(self, end: WorkerEnded) -> str:
-        if end.status == signal.SIGKILL and self._out_of_memory.has_struck():
-            return "killed by the out-of-memory killer"
-        return end.cause
+        found = self._inquest.hold(end)
+        for note in found.notes:
+            self._control.send(note)
+        if found.loss.fault is Fault.DEVICE_POISONED:
+            self._vault.forget(found.loss.rank)
+        return found.loss
 
     def _look_for_hangs(self) -> None:
         for told in self._watch.look(self._epoch, self._workers.seated()):
@@ -392,8 +392,3 @@ class Agent:
         select.select(waits, [], [], _TICK)
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
-
-    def beat(self, stop: threading.Event) -> None:
-        """On a thread of its own: the agent may be busy with allocating memory, and is not dead for that."""
-        while not stop.wait(self._config.deadlines.heartbeat_interval):
-            self._control.send(node_messages.Heartbeat(self._node))

@@ -71,6 +71,11 @@ class Chronicle:
         self._closed = False
         self._is_torn = False
 
+    @property
+    def last_step(self) -> Step:
+        """The newest that is completed."""
+        return self._last_step
+
     def begin(self, job: Job, now: float) -> None:
         """Nothing has happened yet."""
         seats = {node: tuple(sorted(ranks)) for node, ranks in job.seats.ranks_on.items()}

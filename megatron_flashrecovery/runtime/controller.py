@@ -17,11 +17,14 @@ from megatron_flashrecovery import __version__
 from megatron_flashrecovery.comm.control import ControlServer
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.coordinator import Job, handle
+from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId
 from megatron_flashrecovery.core.liveness import overdue
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.chronicle import Chronicle
+from megatron_flashrecovery.runtime.injection import Injection
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.spool import Spool
 
 _EVENTS = get_args(core.Event)
 _TICK = 0.05
@@ -33,11 +36,14 @@ class Controller:
     """``store`` is the address of the TCPStore that the workers meet in; ``job`` is the core's state, owned by this
     loop."""
 
-    def __init__(self, config: LaunchConfig, job: Job, store: tuple[str, int], chronicle: Chronicle) -> None:
+    def __init__(
+        self, config: LaunchConfig, job: Job, store: tuple[str, int], chronicle: Chronicle, spool: Spool | None = None
+    ) -> None:
         self._config = config
         self._job = job
         self._store = store
         self._chronicle = chronicle
+        self._spool = spool
         self._outbox: dict[NodeId, asyncio.Queue[object]] = {}
         self._last_heard: dict[NodeId, float] = {}
         self._known: set[NodeId] = set()
@@ -72,6 +78,7 @@ class Controller:
             self._apply(core.ClockTicked())
             self._chronicle.remind(self._job, time.monotonic())
             self._check_silence()
+            self._look_for_requests()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), _TICK)
 
@@ -129,6 +136,9 @@ class Controller:
         match message:
             case node_messages.Heartbeat():
                 pass
+            case node_messages.InjectionAnswered(name=name, refusal=refusal):
+                if self._spool is not None:
+                    self._spool.answer(name, refusal)
             case node_messages.StartRefused(reason=reason):
                 self._end(node_messages.Dismiss(reason, 2))
             case node_messages.NodeDone(node=node, failure=failure):
@@ -170,6 +180,22 @@ class Controller:
         for queue in self._outbox.values():
             queue.put_nowait(dismissal)
         self._over.set()
+
+    def _look_for_requests(self) -> None:
+        """Users who want faults; the agent of the rank answers."""
+        for request in () if self._spool is None else self._spool.requests():
+            try:
+                injection = Injection.parse(request.spec, is_live=True)
+                node = self._job.seats.node_of.get(injection.rank)
+                newest = self._chronicle.last_step
+                if node not in self._outbox:
+                    raise ConfigError(f"--inject {injection}: there is no rank {injection.rank} to be reached")
+                if injection.step is not None and injection.step <= newest:
+                    raise ConfigError(f"--inject {injection}: step {newest} is completed already: name a later one")
+            except ConfigError as error:
+                self._spool.answer(request.name, str(error))  # type: ignore[union-attr]
+            else:
+                self._outbox[node].put_nowait(node_messages.Inject(request.name, request.spec))
 
     def _check_silence(self) -> None:
         """Node 0 is this process: if it does not answer, neither do we."""

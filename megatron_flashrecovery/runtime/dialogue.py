@@ -129,10 +129,13 @@ class InjectionFired:
 
 @dataclass(frozen=True)
 class InjectionOrder:
+    """With the seat, or later on. Without ``step`` in the next one, without ``at`` at the first moment."""
+
     index: int
     kind: str
-    step: Step
-    at: str
+    step: Step | None
+    at: str | None
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ FromWorker: TypeAlias = (
     | Raised
     | InjectionFired
 )
-ToWorker: TypeAlias = Seat | MemoryGranted | Park | Drain | ExecutePlan | Resume | Release
+ToWorker: TypeAlias = Seat | MemoryGranted | InjectionOrder | Park | Drain | ExecutePlan | Resume | Release
 
 
 def dialogue_codec() -> Codec:
@@ -195,6 +198,6 @@ def dialogue_codec() -> Codec:
         (
             *(MemoryNeeded, Described, Ready, Stood, Executed, Failed, StepDone, Resumed),
             *(CheckpointDone, Reported, Finished, Raised, InjectionFired),
-            *(Seat, MemoryGranted, Park, Drain, ExecutePlan, Resume, Release),
+            *(Seat, MemoryGranted, InjectionOrder, Park, Drain, ExecutePlan, Resume, Release),
         )
     )

@@ -198,7 +198,7 @@ class Keeper:
         order = self._injector.pending(Moment.MIRROR, job.step)
         offer, content = self._own.content(job.step)
         if order is not None:
-            self._injector.fire(order)
+            self._injector.fire(order, job.step)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 self._linked(job).offer(offer, content, self._seat.execute_timeout)

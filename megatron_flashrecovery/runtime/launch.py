@@ -26,7 +26,10 @@ from megatron_flashrecovery.runtime.agent import Agent
 from megatron_flashrecovery.runtime.chronicle import Chronicle
 from megatron_flashrecovery.runtime.controller import Controller
 from megatron_flashrecovery.runtime.echo import Echo
+from megatron_flashrecovery.runtime.heartbeat import Heart
+from megatron_flashrecovery.runtime.injections import refuse_impossible
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.spool import Spool
 from megatron_flashrecovery.runtime.workers import Workers
 from megatron_flashrecovery.state.vault import Vault
 
@@ -45,6 +48,7 @@ def run(config: LaunchConfig) -> int:
     """Until the job is over. Returns the exit code: 0 if every rank finished. Raises ``ConfigError``."""
     if not config.module and not Path(config.script).is_file():
         raise ConfigError(f"the script {config.script} does not exist")
+    refuse_impossible(config.injections)
     config = dataclasses.replace(config, token=config.token or secrets.token_hex(16))
     workers = Workers(
         config.script,
@@ -89,8 +93,7 @@ def _serve(
             agent.hear(node_messages.Dismiss(str(reason), 2 if isinstance(reason, ConfigError) else 1))
 
     control.start(agent.hear, on_end)
-    stop_beating = threading.Event()
-    threading.Thread(target=agent.beat, args=(stop_beating,), name="flashrecovery-heartbeat", daemon=True).start()
+    heart = Heart(node, control, config.deadlines.heartbeat_interval, agent.injections)
     echo = Echo(config.log_dir / "logs" / f"rank{config.world_size - 1}.log", sys.stdout)
     if config.shutdown_timeout:
         told.pass_on = agent.hear
@@ -98,12 +101,12 @@ def _serve(
         dismissal = agent.run(echo.follow)
         echo.follow()
     finally:
-        stop_beating.set()
+        heart.stop()
         stop_controller()  # before the connection ends, which would look like the loss of this node
         control.close()
         vault.close()
     if not dismissal.failure:
-        for injection in agent.never_happened():
+        for injection in agent.injections.never_happened():
             print(f"flashrecovery: WARNING: {injection} never happened: the job did not come there", file=sys.stderr)
     if dismissal.failure:
         print(f"flashrecovery: the job stops: {dismissal.failure}", file=sys.stderr, flush=True)
@@ -133,7 +136,8 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
         slow_factor=config.slow_factor,
     )
     job = Job.start(job_config, seats, sharded=True)
-    controller = Controller(config, job, (config.master_addr, store_port), chronicle)
+    spool = Spool(config.log_dir) if config.allow_injection or config.injections else None
+    controller = Controller(config, job, (config.master_addr, store_port), chronicle, spool)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(
         target=lambda: loop.run_until_complete(controller.run()), name="flashrecovery-controller", daemon=True
@@ -153,6 +157,8 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
             stop()
     finally:
         chronicle.close("the launcher ended")
+        if spool is not None:
+            spool.close()
         if not thread.is_alive():
             loop.close()
         del keep_store

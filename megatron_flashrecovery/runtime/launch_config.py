@@ -3,76 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
-from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.job import JobConfig
 from megatron_flashrecovery.core.pace import Pace
-from megatron_flashrecovery.runtime.moment import Moment
-
-
-class Fault(Enum):
-    """What a rank can be told to do to itself."""
-
-    KILL = "kill"
-    STOP = "stop"
-    """Stand still by SIGSTOP."""
-    LOOP = "loop"
-    """Compute for ever."""
-    GIL = "gil"
-    """The same, with the interpreter's lock in its hands."""
-    SEGV = "segv"
-    ABORT = "abort"
-    EXCEPTION = "exception"
-    EXIT = "exit"
-
-
-# The field's public fault injectors have names of their own.
-_FAULT_NAMED: Mapping[str, Fault] = {
-    **{fault.value: fault for fault in Fault},
-    "SIGKILL": Fault.KILL,
-    "SIGSTOP": Fault.STOP,
-    "LOCK_GIL": Fault.GIL,
-    "SEGFAULT": Fault.SEGV,
-    "OS_ABORT": Fault.ABORT,
-    "WORKLOAD_EXC": Fault.EXCEPTION,
-}
-_SPEC_FORM = "kill:rank=5,step=6,at=backward"
-
-
-@dataclass(frozen=True)
-class Injection:
-    """A fault that one rank inflicts on itself, once, while it computes the step that will be completed as ``step``."""
-
-    rank: Rank
-    step: Step
-    at: Moment
-    fault: Fault = Fault.KILL
-
-    @classmethod
-    def parse(cls, spec: str) -> Injection:
-        name, _, rest = spec.partition(":")
-        if name not in _FAULT_NAMED:
-            raise ConfigError(f"--inject {spec}: unknown fault {name!r}: write it like {_SPEC_FORM}")
-        fields = dict(_key_and_value(spec, part) for part in rest.split(","))
-        for key in ("rank", "step", "at"):
-            if key not in fields:
-                raise ConfigError(f"--inject {spec}: {key} is missing: write it like {_SPEC_FORM}")
-        if unknown := sorted(fields.keys() - {"rank", "step", "at"}):
-            raise ConfigError(f"--inject {spec}: unknown key {unknown[0]!r}: write it like {_SPEC_FORM}")
-        return cls(
-            rank=Rank(_whole_number(spec, "rank", fields["rank"], least=0)),
-            step=Step(_whole_number(spec, "step", fields["step"], least=1)),
-            at=_moment(spec, fields["at"]),
-            fault=_FAULT_NAMED[name],
-        )
-
-    def __str__(self) -> str:
-        return f"{self.fault.value}:rank={self.rank},step={self.step},at={self.at.value}"
+from megatron_flashrecovery.runtime.injection import Injection
 
 
 @dataclass(frozen=True)
@@ -116,8 +53,9 @@ class LaunchConfig:
     often *all* workers are started again; replacing lost ranks is not bounded. ``shutdown_timeout``: how long, in
     seconds, workers have to end by themselves after SIGTERM. ``preload``: workers are forked from a
     process that has done the script's imports. ``hooks`` (``module:function``) are called in each process before the
-    script is loaded. ``slow_factor``: whoever computes so many times as long as its peers is said to be
-    slow; 0: nobody is. ``token`` is empty if the launcher is to draw one.
+    script is loaded. ``slow_factor``: whoever computes so many times as long as its peers is said to be slow; 0: nobody
+    is. ``allow_injection``: a user may inject faults later on, as ``injections`` imply. ``token`` is empty if the
+    launcher is to draw one.
     """
 
     script: str
@@ -133,6 +71,7 @@ class LaunchConfig:
     spares_per_node: int = 0
     log_dir: Path = Path("flashrecovery-logs")
     injections: tuple[Injection, ...] = ()
+    allow_injection: bool = False
     shutdown_timeout: float = 30.0
     preload: bool = True
     hooks: tuple[str, ...] = ()
@@ -168,26 +107,6 @@ class LaunchConfig:
     @property
     def world_size(self) -> int:
         return self.nnodes * self.nproc_per_node
-
-
-def _key_and_value(spec: str, part: str) -> tuple[str, str]:
-    key, equals, value = part.partition("=")
-    if not equals:
-        raise ConfigError(f"--inject {spec}: {part!r} is not of the form key=value: write it like {_SPEC_FORM}")
-    return key.strip(), value.strip()
-
-
-def _whole_number(spec: str, key: str, text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"--inject {spec}: {key}={text} is no whole number from {least} on")
-    return int(text)
-
-
-def _moment(spec: str, text: str) -> Moment:
-    names = [moment.value for moment in Moment]
-    if text not in names:
-        raise ConfigError(f"--inject {spec}: there is no moment {text!r}: at is one of {' '.join(names)}")
-    return Moment(text)
 
 
 def _flag(name: str) -> str:

@@ -21,6 +21,7 @@ from megatron_flashrecovery.core.messages import Report, Standing
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.framework import StepRecord
+from megatron_flashrecovery.runtime.injector import Injector
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot, Stand
 from megatron_flashrecovery.runtime.progress import Progress
 
@@ -63,6 +64,7 @@ class Line:
         self._first_step_due = seat.joining
         self._granted: queue.SimpleQueue[tuple[dialogue.MemoryGranted, list[int]]] = queue.SimpleQueue()
         self.copies: Copies | None = None
+        self.injector: Injector | None = None
         self._thread = threading.Thread(target=self._listen, name="flashrecovery-line", daemon=True)
 
     @property
@@ -143,6 +145,9 @@ class Line:
                     continue
                 if isinstance(message, dialogue.MemoryGranted):
                     self._granted.put((message, fds))
+                elif isinstance(message, dialogue.InjectionOrder):
+                    assert self.injector is not None
+                    self.injector.add(message)
                 else:
                     self._obey(message)
         except ChannelClosed:

@@ -78,6 +78,23 @@ class LastWords:
 
 
 @dataclass(frozen=True)
+class InjectionNoted:
+    """A rank is about to inflict what it was told to. Unix time."""
+
+    rank: Rank
+    spec: str
+    time: float
+
+
+@dataclass(frozen=True)
+class InjectionAnswered:
+    """Of the request ``name``: empty, or why it cannot be done."""
+
+    name: str
+    refusal: str
+
+
+@dataclass(frozen=True)
 class ExecutionNoted:
     """How long a rank's share took, in its parts, and when it was done (Unix time)."""
 
@@ -140,6 +157,14 @@ class NodeDone:
 
 
 @dataclass(frozen=True)
+class Inject:
+    """A user wants a rank of this node to inflict a fault; ``name`` is that of the request."""
+
+    name: str
+    spec: str
+
+
+@dataclass(frozen=True)
 class Dismiss:
     """The job is over. ``failure`` is empty if it ended well."""
 
@@ -154,6 +179,8 @@ FromAgent: TypeAlias = (
     | BillNoted
     | DeathNoted
     | LastWords
+    | InjectionNoted
+    | InjectionAnswered
     | ExecutionNoted
     | FirstStepNoted
     | FinalNoted
@@ -162,7 +189,7 @@ FromAgent: TypeAlias = (
     | SignalPassedOn
     | NodeDone
 )
-ToAgent: TypeAlias = NodeWelcome | Dismiss
+ToAgent: TypeAlias = NodeWelcome | Inject | Dismiss
 
 
 def control_codec() -> Codec:

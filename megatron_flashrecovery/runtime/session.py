@@ -71,7 +71,7 @@ class Session:
             watch=self._pulse,
         )
         self._line = Line(seat, channel, self._lot, self._registry, self._progress, self._pulse)
-        self._injector = Injector(seat.injections, channel)
+        self._line.injector = self._injector = Injector(seat.injections, channel)
         self._joining = seat.joining
         self._entered = self._inside = False
         self._last_step = NO_STEP

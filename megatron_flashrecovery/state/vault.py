@@ -84,6 +84,11 @@ class Vault:
         with suppress(KeyError):
             os.close(self._fd_of.pop(holding))
 
+    def forget(self, rank: Rank) -> None:
+        """Whatever this rank kept, of its own and of its guests: it may be wrong."""
+        for holding in [held for held in self._fd_of if held == Holding(rank) or held.host == rank]:
+            self.release(holding)
+
     def close(self) -> None:
         for holding in list(self._fd_of):
             self.release(holding)

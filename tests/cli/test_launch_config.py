@@ -7,7 +7,8 @@ from dataclasses import fields
 import pytest
 
 from megatron_flashrecovery.core.errors import ConfigError
-from megatron_flashrecovery.runtime.launch_config import Deadlines, Fault, Injection, LaunchConfig
+from megatron_flashrecovery.runtime.injection import Fault, Injection
+from megatron_flashrecovery.runtime.launch_config import Deadlines, LaunchConfig
 from megatron_flashrecovery.runtime.moment import Moment
 
 
@@ -26,6 +27,8 @@ def test_the_fields_are_these_and_a_new_one_is_a_decision():
         "spares_per_node",
         "log_dir",
         "injections",
+        # A run that takes faults from whoever can write its --log-dir must be told so.
+        "allow_injection",
         "shutdown_timeout",
         "preload",
         "hooks",

@@ -14,7 +14,14 @@ from megatron_flashrecovery.commands.arguments import Arguments
 from megatron_flashrecovery.runtime.log_dir import claim
 from megatron_flashrecovery.runtime.moment import Moment
 
-OURS = {"--spares-per-node", "--inject", "--overwrite", "--no-preload", *(f"--{name}" for name in run._DEADLINES)}
+OURS = {
+    "--spares-per-node",
+    "--inject",
+    "--allow-injection",
+    "--overwrite",
+    "--no-preload",
+    *(f"--{name}" for name in run._DEADLINES),
+}
 # Which difference between ranks matters is the user's to say: nodes of two kinds are no fault.
 OURS |= {"--slow-factor"}
 

@@ -14,6 +14,7 @@ from megatron_flashrecovery.core.messages import (
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Draining, Training
+from megatron_flashrecovery.core.policy import Fault
 from tests.core.jobs import GROUPS, A, B, key, play, recovered_job, training_job
 
 
@@ -41,6 +42,7 @@ def raised(rank, step=7, worker="1", what="ValueError at train.py:3 in step", ep
         Epoch(epoch),
         None if step is None else Step(step),
         what,
+        Fault.EXCEPTION,
     )
     return WorkersLost(A if rank < 2 else B, (loss,))
 
@@ -50,7 +52,7 @@ def test_one_that_hangs_is_ended_and_replaced_once_it_is_clear_that_it_is_alone(
     assert play(job, told(hung=[1]), now=10.0) == []
     assert play(job, ClockTicked(), now=10.9) == []
     fence, park, start = play(job, ClockTicked(), now=11.0)
-    assert fence == Fence(A, (1,), "rank 1 hangs: it sleeps", 1)
+    assert fence == Fence(A, (1,), "rank 1 hangs: it sleeps", 1, Fault.HANG)
     assert isinstance(park, Park)
     assert start == StartWorkers(A, 1, (1,))
 
@@ -108,7 +110,7 @@ def test_one_whose_threads_do_not_run_is_ended_whatever_the_others_do():
     job = training_job()
     play(job, told(A, hung=[0, 1], silent=(1,)), told(B, hung=[2, 3]), now=10.0)
     fence, *_ = play(job, ClockTicked(), now=11.0)
-    assert fence == Fence(A, (1,), "rank 1 hangs: it sleeps", 1)
+    assert fence == Fence(A, (1,), "rank 1 hangs: it sleeps", 1, Fault.HANG)
 
 
 def test_many_that_hang_for_ever_end_the_job_or_take_it_back_to_its_checkpoint():

@@ -20,6 +20,7 @@ from megatron_flashrecovery.core.messages import (
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Draining, Executing, Staffing
+from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.shares import Source
 from tests.core.jobs import (
     CONFIG,
@@ -88,7 +89,7 @@ def test_a_loss_after_resume_is_a_new_recovery():
 def test_a_rank_that_cannot_execute_is_fenced_and_its_source_is_not_trusted():
     job = executing_job()
     commands = play(job, PlanFailed(B, 1, 3, WorkerId("3.2"), "fingerprint differs"))
-    assert commands[0] == Fence(B, (3,), "rank 3 could not execute the plan: fingerprint differs", 2)
+    assert commands[0] == Fence(B, (3,), "rank 3 could not execute the plan: fingerprint differs", 2, Fault.PLAN_FAILED)
     assert commands[1:] == [Park(2, 3, (3,)), StartWorkers(B, 2, (3,))]
     vault = WorkersLost(B, (Loss(3, WorkerId("3.2"), "fenced", 1),), {3: (5,)})
     play(job, vault, stood(report(0), report(1), epoch=2, number=3), stood(report(2), epoch=2, number=3))

@@ -3,6 +3,7 @@
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.core.messages import ClockTicked, Fence, Park, RanksHung
 from megatron_flashrecovery.core.phases import Draining, Staffing
+from megatron_flashrecovery.core.policy import Fault
 from tests.core.jobs import A, B, draining_job, play, ready, report, stood
 
 
@@ -55,7 +56,7 @@ def test_who_has_stopped_for_good_is_not_waited_for():
     play(job, seen(silent=[0]), now=2.0)
     assert play(job, ClockTicked(), now=2.9) == []
     fence, park, *_ = play(job, ClockTicked(), now=3.0)
-    assert fence == Fence(A, (0,), "rank 0 hangs: none of its threads has run", 2)
+    assert fence == Fence(A, (0,), "rank 0 hangs: none of its threads has run", 2, Fault.HANG)
     assert isinstance(park, Park)
     assert job.rounds == 0, "it is a loss, not a missed deadline"
 

@@ -1,6 +1,29 @@
 import pytest
 
-from megatron_flashrecovery.core.policy import POLICY, Action, Fault, History, NanChoice, decide
+from megatron_flashrecovery.core.job import JobConfig
+from megatron_flashrecovery.core.policy import (
+    FRUITLESS,
+    LOST_OFTEN,
+    MISSED_OFTEN,
+    POLICY,
+    Action,
+    Fault,
+    History,
+    NanChoice,
+    decide,
+)
+
+
+def test_the_words_say_the_numbers_that_decide_the_numbers_that_decide():
+    config, history = JobConfig(), History()
+    assert (history.max_setbacks, history.max_missed, history.max_fruitless) == (
+        config.max_rounds,
+        config.max_rounds,
+        config.max_fruitless,
+    )
+    assert f"more than {config.max_rounds} times" in LOST_OFTEN[0]
+    assert f"more than {config.max_rounds} deadlines" in MISSED_OFTEN[0]
+    assert f"{config.max_fruitless} recoveries in {config.fruitless_window / 60:g} minutes" in FRUITLESS[0]
 
 
 @pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
@@ -16,7 +39,28 @@ def test_every_fault_has_rules_and_the_last_of_them_always_applies(fault):
         pytest.param(Fault.EXCEPTION, History(), Action.REPLACE_PROCESS, id="an-exception"),
         pytest.param(Fault.EXCEPTION, History(again=True), Action.STOP, id="the-same-exception-again"),
         pytest.param(Fault.PROCESS_ENDED, History(setbacks=4), Action.FALL_BACK, id="lost-too-often"),
+        pytest.param(Fault.PROCESS_ENDED, History(fruitless=11), Action.FALL_BACK, id="no-step-for-too-long"),
+        pytest.param(Fault.PROCESS_ENDED, History(is_starting=True), Action.START_ANEW, id="before-the-first-step"),
+        pytest.param(Fault.EXCEPTION, History(again=True, is_starting=True), Action.STOP, id="again-at-the-start"),
+        pytest.param(Fault.DEVICE_ERROR, History(suspicions=1), Action.REPLACE_PROCESS, id="a-device-suspected-once"),
         pytest.param(Fault.DEVICE_ERROR, History(suspicions=2), Action.REPLACE_NODE, id="a-device-suspected-twice"),
+        pytest.param(Fault.DEVICE_ERROR, History(suspicions=2, has_room=False), Action.STOP, id="and-no-other-node"),
+        pytest.param(Fault.CROWD, History(), Action.NOTE, id="a-crowd"),
+        pytest.param(Fault.CROWD, History(lasted=True), Action.FALL_BACK, id="a-crowd-for-ever"),
+        pytest.param(Fault.DEADLOCK, History(is_one_operation=True), Action.RETRY, id="a-deadlock"),
+        pytest.param(Fault.DEADLOCK, History(again=True), Action.NOTE, id="a-deadlock-again"),
+        pytest.param(Fault.DEADLOCK, History(again=True, lasted=True), Action.STOP, id="a-deadlock-that-stays"),
+        pytest.param(
+            Fault.DEADLOCK,
+            History(again=True, lasted=True, is_one_operation=True),
+            Action.FALL_BACK,
+            id="one-operation-that-does-not-get-on",
+        ),
+        pytest.param(Fault.DEADLINE, History(), Action.REPLACE_PROCESS, id="a-deadline"),
+        pytest.param(Fault.DEADLINE, History(is_executing=True), Action.PLAN_ANEW, id="a-plan-that-is-late"),
+        pytest.param(Fault.DEADLINE, History(is_executing=True, missed=4), Action.FALL_BACK, id="too-many-deadlines"),
+        pytest.param(Fault.NODE_LOST, History(), Action.REPLACE_NODE, id="a-node"),
+        pytest.param(Fault.NODE_LOST, History(has_room=False), Action.STOP, id="a-node-and-no-other"),
         pytest.param(Fault.BAD_NUMBERS, History(), Action.RETRY, id="bad-numbers"),
         pytest.param(Fault.BAD_NUMBERS, History(again=True), Action.STOP, id="bad-numbers-of-the-data"),
         pytest.param(

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import pytest
 
-from megatron_flashrecovery.runtime.launch_config import Injection
+from megatron_flashrecovery.runtime.injection import Injection
 from megatron_flashrecovery.runtime.summary import RecoveryRecord
 from tests.processes.launcher import Job, Outcome, run
 

@@ -23,6 +23,7 @@ from megatron_flashrecovery.core.messages import (
     Stop,
     WorkersLost,
 )
+from megatron_flashrecovery.core.policy import Fault
 from tests.simulation.snapshot import Snapshot
 from tests.simulation.worker import Worker
 
@@ -42,12 +43,15 @@ class Agent:
         self.workers: dict[Rank, Worker] = {}
         self.started_for: dict[Rank, Epoch] = {}
         self.vault: dict[Rank, dict[int, Snapshot]] = {}
+        self.poisoned: dict[Rank, dict[Rank, dict[int, Snapshot]]] = {}
+        """The mirrors that a worker kept whose memory may have been wrong."""
         self.reports: dict[OrderNumber, dict[Rank, Report]] = {}
 
     def start_all(self, epoch: Epoch, from_checkpoint: bool) -> None:
         """Start every seat of this node from the top, and describe them."""
         self.started_anew_in = epoch
         self.vault.clear()
+        self.poisoned.clear()
         ranks = list(self.workers)
         for rank in ranks:
             self._end(rank)
@@ -75,6 +79,7 @@ class Agent:
             member = self.world.lawless(member)
         self.workers[rank] = Worker(self.world, self, rank, name, member)
         self.workers[rank].started_for = epoch
+        self.workers[rank].guests.update(self.poisoned.pop(rank, {}))
         self.world.on_worker_started(self.workers[rank])
 
     def _end(self, rank: Rank) -> None:
@@ -83,7 +88,7 @@ class Agent:
             worker.is_alive = False
             self.world.on_worker_ended(worker)
 
-    def lose(self, ranks: list[Rank], cause: str) -> None:
+    def lose(self, ranks: list[Rank], cause: str, fault: Fault = Fault.PROCESS_ENDED) -> None:
         """Workers end by themselves, and the agent sees it at once."""
         losses = []
         for rank in ranks:
@@ -91,10 +96,20 @@ class Agent:
                 self._end(rank)
                 if not self.world.settings.has_vault:
                     self.vault.pop(rank, None)
-                losses.append(Loss(rank, worker.name, cause, worker.started_for))
+                if fault is Fault.DEVICE_POISONED:
+                    self._poison(worker)
+                losses.append(Loss(rank, worker.name, cause, worker.started_for, fault=fault))
         if losses:
             vault = {loss.rank: self._kept(loss.rank) for loss in losses}
             self.world.tell(WorkersLost(self.node, tuple(losses), vault))
+
+    def _poison(self, worker: Worker) -> None:
+        """What it kept stays where it is, and whoever takes its seat finds it."""
+        kept = {worker.rank: self.vault.get(worker.rank, {}), **worker.guests}
+        for rank, slots in kept.items():
+            kept[rank] = {step: snapshot.poisoned() for step, snapshot in slots.items()}
+        self.vault[worker.rank] = kept.pop(worker.rank)
+        self.poisoned[worker.rank] = kept
 
     def _kept(self, rank: Rank) -> tuple[Step, ...]:
         return tuple(Step(step) for step in sorted(self.vault.get(rank, {})))

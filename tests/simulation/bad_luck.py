@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_flashrecovery.core import policy
 from megatron_flashrecovery.core.hangs import few
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.messages import NodeLost, RanksHung, StepsTimed
@@ -161,6 +162,8 @@ class BadLuck:
                 self.paused.append((self.world.events + 50 + self.world.pick(1500), victims[0]))
             case "corrupt":
                 self._corrupt(victims[0])
+            case "poison":
+                victims[0].agent.lose([victims[0].rank], "uncorrectable memory error", policy.Fault.DEVICE_POISONED)
             case "node":
                 self._lose_node(victims[0])
             case "alarm":

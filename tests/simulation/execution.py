@@ -89,6 +89,8 @@ def _stay(me: Worker, step: Step, was_live: bool) -> None:
     if step not in me.own:
         me.world.monitor.blame(f"rank {me.rank} is to stay at step {step} and has no copy of it")
         return
+    if me.own[step].is_poisoned:
+        me.world.monitor.blame(f"rank {me.rank} takes values from a poisoned snapshot of step {step}")
     if me.update is Update.APPLIED:
         me.params = mix(me.master)
     me.values, me.timeline, me.step, me.update = me.own[step].values, me.own[step].timeline, step, Update.BEFORE
@@ -109,6 +111,8 @@ def _checked(me: Worker, held: object, step: Step) -> Snapshot:
     """Invariant 8: a state whose fingerprint does not match does not exist."""
     if not isinstance(held, Snapshot):
         raise Failure(f"there is no snapshot of step {step}")
+    if held.is_poisoned:
+        me.world.monitor.blame(f"rank {me.rank} is restored from a poisoned snapshot of step {step}")
     if not held.is_sound() and "fingerprint" not in me.world.off:
         raise Failure(f"the snapshot of step {step} is not what its owner sent")
     return held

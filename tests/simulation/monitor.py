@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
+_GOOD_REASONS = ("times without progress", "deadlines missed", "restarted", "was suspected", "without a completed step")
+
+
 class Violation(AssertionError):
     """Something happened that must never happen."""
 
@@ -97,7 +100,7 @@ class Monitor:
         """Invariant 6, by brute force over what was reported."""
         assert isinstance(job.phase, Executing)
         step = job.phase.plan.resume_step
-        newest = self.newest_producible(reports, vault)
+        newest = self.newest_producible(job, reports, vault)
         is_older = newest is not None and step < newest
         if newest != step and not (is_older and job.failed):
             self.blame(f"invariant 6: resume at step {step}, but every rank can produce {newest}")
@@ -105,18 +108,19 @@ class Monitor:
         if step < done - 1 and not job.failed:
             self.blame(f"more than one step is computed twice: resume at step {step}, {done} was completed")
 
-    def newest_producible(self, reports: dict[Rank, Report], vault: dict[Rank, tuple[Step, ...]]) -> int | None:
+    def newest_producible(
+        self, job: Job, reports: dict[Rank, Report], vault: dict[Rank, tuple[Step, ...]]
+    ) -> int | None:
         model, host_of = self.world.settings.model, self.world.settings.host_of
         for step in range(model.steps, -1, -1):
-            live = {rank for rank, report in reports.items() if self._holds(report, step)}
+            trusted = {rank for rank in host_of if rank not in job.poisoned or (rank, step) in job.renewed}
+            live = {rank for rank, report in reports.items() if rank in trusted and self._holds(report, step)}
             holders = set()
             for index in range(model.size):
                 rank = Rank(index)
                 report, host = reports.get(rank), reports.get(host_of[rank])
-                has_copy = (
-                    (report is not None and step in report.own)
-                    or (report is None and step in vault.get(rank, ()))
-                    or (host is not None and step in host.guests.get(rank, ()))
+                has_copy = (rank in trusted and step in (vault.get(rank, ()) if report is None else report.own)) or (
+                    host is not None and self._keeps(job, host, rank, step)
                 )
                 dp = model.groups[model.key(rank, "dp") or ""]  # type: ignore[index]
                 if has_copy and (model.sharded or any(peer in live for peer in dp)):
@@ -124,6 +128,10 @@ class Monitor:
             if len(holders) == model.size:
                 return step
         return None
+
+    def _keeps(self, job: Job, host: Report, rank: Rank, step: int) -> bool:
+        is_new = host.rank not in job.poisoned or (rank, step) in job.renewed
+        return is_new and step in host.guests.get(rank, ())
 
     def _holds(self, report: Report, step: int) -> bool:
         at = (
@@ -176,12 +184,14 @@ class Monitor:
     def on_halted(self, job: Job, before: object, reason: str) -> None:
         """A job may stop only for a reason that is true."""
         if isinstance(before, Staffing | Draining) and reason.startswith("no copy"):
-            if self.newest_producible(before.census.reports, job.vault) is not None and not job.failed:
+            if self.newest_producible(job, before.census.reports, job.vault) is not None and not job.failed:
                 self.blame(f"halted although a step can be produced: {reason}")
         elif reason.startswith("no node has room"):
             if not job.seats.homeless:
                 self.blame(f"halted although every seat has a node: {reason}")
-        elif "times without progress" not in reason and "deadlines missed" not in reason and "restarted" not in reason:
+        elif not any(each in reason for each in _GOOD_REASONS):
             self.blame(f"halted for no good reason: {reason}")
+        if "was suspected" in reason:
+            return
         if job.checkpoint is not None and job.restarts < job.config.max_restarts and not job.seats.homeless:
             self.blame(f"halted although there is a checkpoint of step {job.checkpoint}: {reason}")

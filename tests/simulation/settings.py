@@ -12,6 +12,7 @@ from megatron_flashrecovery.core.job import JobConfig
 LAYOUTS = [(2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 4, 2), (2, 2, 3), (2, 4, 2), (1, 1, 8), (2, 2, 4), (4, 1, 2), (1, 2, 2)]
 _ALARMS = 0.15
 _WATCHES = 0.25
+_POISONS = 0.2
 PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
 
 
@@ -99,6 +100,8 @@ class Settings:
     checkpoint_every: int = 0
     forms_kept: int = 8
     watches: bool = False
+    are_suspected: bool = False
+    """Every device was suspected once before."""
     off: frozenset[str] = frozenset()
 
     @cached_property
@@ -149,6 +152,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         faults=(
             *(_draw_fault(rng, nodes) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4]))),
             *_draw_alarm(seed, off),
+            *_draw_poison(seed, off),
         ),
         spares=rng.choice([0, 1, 1, 2]),
         spare_delay=rng.choice([0.0, 0.5, 5.0]),
@@ -160,6 +164,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         late_mirrors=rng.choice([0.02, 0.02, 0.5]),
         notice=rng.choice([0.0, 0.3, 1.0]),
         checkpoint_every=rng.choice([0, 0, 1, 2]),
+        are_suspected=Random(f"suspects {seed}").random() < 0.3,
         forms_kept=0 if "matching" in off else rng.choice([0, 1, 2, 8, 8, 8]),
         watches=not off and Random(f"watch {seed}").random() < _WATCHES,
         off=off,
@@ -172,6 +177,19 @@ def _draw_alarm(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
     if off or rng.random() > _ALARMS:
         return ()
     return (Fault("turn", rng.random(), rng.choice([0, 3, 30]), "one", "alarm"),)
+
+
+def _draw_poison(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
+    """Memory of some ranks turns out wrong. Drawn apart, too."""
+    rng = Random(f"poison {seed}")
+    if off - {"poison"} or rng.random() > _POISONS:
+        return ()
+    when = ["turn"] * 3 + ["Draining", "Staffing", "Executing", "WRITING"]
+    victims = ["one", "one", "replacement"]
+    return tuple(
+        Fault(rng.choice(when), rng.random(), rng.choice([0, 3, 30]), rng.choice(victims), "poison")
+        for _ in range(rng.choice([1, 1, 2, 3]))
+    )
 
 
 def _draw_fault(rng: Random, nodes: int) -> Fault:

@@ -17,6 +17,8 @@ class Snapshot:
     values: int
     timeline: int
     fingerprint: int
+    is_poisoned: bool = False
+    """Its keeper's memory may have been wrong: nothing may be restored from it, whatever its fingerprint says."""
 
     @classmethod
     def take(cls, step: int, master: int, values: int, timeline: int) -> Snapshot:
@@ -27,6 +29,9 @@ class Snapshot:
 
     def corrupted(self) -> Snapshot:
         return replace(self, values=mix(self.values, 1))
+
+    def poisoned(self) -> Snapshot:
+        return replace(self, is_poisoned=True)
 
 
 def keep(slots: dict[int, Snapshot], snapshot: Snapshot) -> None:

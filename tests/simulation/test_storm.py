@@ -37,6 +37,7 @@ def what_goes_wrong(seed, *off):
         pytest.param("counts+matching", 165, "invariant 7", id="7-comparing-counts"),
         pytest.param("fingerprint", 14, "restored step", id="8-fingerprints"),
         pytest.param("abort check", 113, "completed step", id="aborted-is-not-completed"),
+        pytest.param("poison", 16, "rank 3 is restored from a poisoned snapshot", id="copies-that-may-be-wrong"),
         pytest.param("before", 34, "void contents reach rank 0: agreement is told", id="void-before-the-update-only"),
         pytest.param("gate check+abort check", 11, "void contents reach rank 0: it is armed", id="void-at-the-gate"),
     ],

@@ -64,6 +64,8 @@ class World:
         self.agents = {node: Agent(self, node) for node in settings.seats}
         self.luck = BadLuck(self)
         self.seen: Counter[str] = Counter()
+        for rank in settings.host_of if settings.are_suspected else ():
+            self.job.suspect(rank)
         for node, ranks in settings.seats.items():
             self.agents[node].workers = dict.fromkeys(ranks)  # type: ignore[assignment]
             self.agents[node].start_all(Epoch(0), from_checkpoint=False)
@@ -135,6 +137,8 @@ class World:
         if "epochs" in self.off:
             event = without_epochs(event, self.job)
         commands = handle(self.job, event, self.now)
+        if "poison" in self.off:
+            self.job.poisoned.clear()
         if "counts" in self.off:
             trust_blindly(self.job)
         if "before" in self.off:

@@ -164,3 +164,12 @@ def test_available_memory_is_the_least_of_all_limits(tmp_path, cgroup, files, ki
 
 def test_this_machine_has_memory():
     assert available_bytes() > 0
+
+
+def test_nothing_is_kept_of_what_a_rank_kept_whose_memory_may_have_been_wrong(vault):
+    """Its mirror at its own host is not its own to keep."""
+    theirs = Holding(0, host=1)
+    for holding, fd in vault.reserve({OWN: 10_000, GUEST: 10_000, theirs: 10_000}).items():
+        commit(fd, holding.rank, 5)
+    vault.forget(0)
+    assert (vault.committed(0), vault.guests_of(0), vault.guests_of(1)) == ((), {}, {0: (5,)})

@@ -11,11 +11,15 @@ from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber
 from megatron_flashrecovery.core.messages import Event, Loss, RanksHung
 from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Origin
+from megatron_flashrecovery.core.policy import Action, History, decide
 from megatron_flashrecovery.core.recovery import Recovery, Timeline
 from megatron_flashrecovery.core.seats import Seats
 
 SETTLED_AFTER = 1.0
 """Seconds: whoever hangs with others is seen at about the same time as they are."""
+_NO_STEP = Step(0)
+EXPLAINED_WITHIN = 0.4
+"""Seconds: the end of a process is told sooner, and a communicator error has to be answered within one."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class JobConfig:
     how long operations that should complete by themselves may take. ``max_rounds`` is how many deadlines in a row may
     be missed, and how often one seat may be lost without progress, before the job falls back; ``max_restarts`` how
     often all workers may be started from the top. ``hang_timeout`` is how long many ranks may hang at the same time.
+    ``replaces_nodes``: another node may come for the seats of one that is lost; else its loss ends the job.
     """
 
     drain_timeout: float = 10.0
@@ -35,6 +40,7 @@ class JobConfig:
     max_rounds: int = 3
     max_restarts: int = 3
     hang_timeout: float = 600.0
+    replaces_nodes: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.drain_grace <= self.drain_timeout:
@@ -76,6 +82,20 @@ class Hangs:
         return self.waiting_since if self.hung_since is None else self.hung_since
 
 
+@dataclass
+class Breaks:
+    """Operations that have failed since everybody last trained, in the words of their ranks; ``since`` is when the
+    first one was told of, and a loss that explains it comes within a moment."""
+
+    failed: dict[Rank, str] = field(default_factory=dict)
+    step: Step = _NO_STEP
+    since: float | None = None
+
+    @property
+    def due(self) -> float | None:
+        return None if self.since is None else self.since + EXPLAINED_WITHIN
+
+
 class Job:
     """``seats`` says which ranks the agents start at first; nothing is ordered for that."""
 
@@ -101,8 +121,12 @@ class Job:
         """Deadlines missed since everybody last trained."""
         self.raised: set[tuple[Rank, Step | None, str]] = set()
         """The exceptions of the script that ended workers."""
+        self.suspicions: Counter[tuple[NodeId, Rank]] = Counter()
+        """How often the driver complained of the device of a seat."""
         self.deadlocks: set[Step] = set()
         """The steps in which everybody waited for everybody."""
+        self.unexplained: set[Step] = set()
+        """The steps in which operations failed although nobody was lost."""
         self.base = Epoch(0)
         self.staffed: dict[Rank, Epoch] = {}
         """The epoch that the worker of a seat was started for, if it is later than ``base``."""
@@ -119,6 +143,7 @@ class Job:
         """Everybody trains again, or starts from the top: what was known of the recovery is of no more use."""
         self.timeline: Timeline | None = None
         self.hangs = Hangs()
+        self.breaks = Breaks()
         self.lost: set[Rank] = set()
         """Seats vacated since everybody last trained."""
         self.vault: dict[Rank, tuple[Step, ...]] = {}
@@ -139,6 +164,7 @@ class Job:
             # What happens again later on, or at a later start, is another story.
             self.raised = {raised for raised in self.raised if raised[1] is not None and raised[1] > step}
             self.deadlocks = {deadlock for deadlock in self.deadlocks if deadlock > step}
+            self.unexplained = {failure for failure in self.unexplained if failure > step}
         self.last_resume = step
 
     def note_kept(self, steps: Iterable[Step]) -> None:
@@ -150,8 +176,9 @@ class Job:
             self.setbacks.clear()
 
     def has_raised_before(self, loss: Loss) -> bool:
-        """The same exception in the same step of the same rank. What it raised now is kept."""
-        if loss.raised is None:
+        """The same exception in the same step of the same rank, of a kind that a third attempt would not change. What
+        it raised now is kept."""
+        if loss.raised is None or decide(loss.fault, History(again=True)).action is not Action.STOP:
             return False
         raised = (loss.rank, loss.step, loss.raised)
         is_known = raised in self.raised
@@ -175,15 +202,20 @@ class Job:
         """When ``ClockTicked`` can make a difference next, at the earliest."""
         match self.phase:
             case Starting(deadline=deadline):
-                return deadline
+                return _first(deadline, self.breaks.due)
             case Draining() as phase:
                 moments = [*phase.joining.values(), phase.deadline]
                 return min([*moments, phase.patient_until] if phase.waiting else moments)
             case Staffing(joining=joining):
                 return min(joining.values(), default=None)
             case Executing(deadline=deadline):
-                return deadline
+                return _first(deadline, self.breaks.due)
             case Training():
-                return None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
+                settled = None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
+                return _first(settled, self.breaks.due)
             case _:
                 return None
+
+
+def _first(*moments: float | None) -> float | None:
+    return min((moment for moment in moments if moment is not None), default=None)

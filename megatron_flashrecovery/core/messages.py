@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TypeAlias
 
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.shares import Share
 
 
@@ -134,7 +135,7 @@ class Loss:
 
     ``epoch`` is the one that it was started for, so that the end of a fenced worker is not taken for the end of its
     replacement. ``step`` is the one that it was computing, if it had begun with any; ``raised`` is the exception that
-    ended it, and where, if it was one of the script's own.
+    ended it, and where, if it was one; ``fault`` is what is known to be behind it.
     """
 
     rank: Rank
@@ -143,6 +144,7 @@ class Loss:
     epoch: Epoch | None = None
     step: Step | None = None
     raised: str | None = None
+    fault: Fault = Fault.PROCESS_ENDED
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,18 @@ class RanksHung:
     step: Step
     silent: tuple[Rank, ...] = ()
     slow: tuple[Rank, ...] = ()
+
+
+@dataclass(frozen=True)
+class OperationsFailed:
+    """Operations of these ranks of one node have failed, each in the words of its communicator. Who waited for a rank
+    that has died says so, too, and sooner than the agent of that rank. ``step`` is the newest in which one of them
+    is."""
+
+    node: NodeId
+    epoch: Epoch
+    failed: Mapping[Rank, str]
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -269,6 +283,7 @@ class ClockTicked:
 Event: TypeAlias = (
     WorkersLost
     | RanksHung
+    | OperationsFailed
     | NodeLost
     | NodeJoined
     | SeatsDescribed

@@ -23,6 +23,8 @@ class Fault(Enum):
     DEVICE_MEMORY = "out of device memory"
     DEVICE_POISONED = "uncorrectable memory error"
     """Nobody knows since when the memory of this device was wrong."""
+    DEVICE_LOST = "device lost"
+    """Fallen off the bus: whoever is started on it again finds no device."""
     COMMUNICATOR_ERROR = "communicator error"
     HANG = "hang"
     CROWD = "hang of many"
@@ -106,6 +108,7 @@ POLICY: Sequence[Rule] = (
     Rule(Fault.DEVICE_MEMORY, _AGAIN[0], Action.STOP, _AGAIN[1]),
     *_ends_a_process(Fault.DEVICE_MEMORY),
     *_of_a_device(Fault.DEVICE_POISONED),
+    Rule(Fault.DEVICE_LOST, _ALWAYS, Action.REPLACE_NODE),
     Rule(Fault.COMMUNICATOR_ERROR, _AGAIN[0], Action.FALL_BACK, _AGAIN[1]),
     Rule(Fault.COMMUNICATOR_ERROR, _ALWAYS, Action.RETRY),
     *_ends_a_process(Fault.HANG),

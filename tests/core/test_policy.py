@@ -17,6 +17,10 @@ def test_every_fault_has_rules_and_the_last_of_them_always_applies(fault):
         pytest.param(Fault.EXCEPTION, History(again=True), Action.STOP, id="the-same-exception-again"),
         pytest.param(Fault.PROCESS_ENDED, History(setbacks=4), Action.FALL_BACK, id="lost-too-often"),
         pytest.param(Fault.DEVICE_ERROR, History(suspicions=2), Action.REPLACE_NODE, id="a-device-suspected-twice"),
+        pytest.param(Fault.DEVICE_LOST, History(), Action.REPLACE_NODE, id="a-device-off-the-bus"),
+        pytest.param(Fault.COMMUNICATOR_ERROR, History(), Action.RETRY, id="a-connection-reset"),
+        pytest.param(Fault.COMMUNICATOR_ERROR, History(again=True), Action.FALL_BACK, id="a-connection-reset-again"),
+        pytest.param(Fault.DEVICE_MEMORY, History(again=True), Action.STOP, id="too-little-memory-again"),
         pytest.param(Fault.BAD_NUMBERS, History(), Action.RETRY, id="bad-numbers"),
         pytest.param(Fault.BAD_NUMBERS, History(again=True), Action.STOP, id="bad-numbers-of-the-data"),
         pytest.param(

@@ -11,6 +11,7 @@ from megatron_flashrecovery.core.job import JobConfig
 
 LAYOUTS = [(2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 4, 2), (2, 2, 3), (2, 4, 2), (1, 1, 8), (2, 2, 4), (4, 1, 2), (1, 2, 2)]
 _ALARMS = 0.15
+_CUTS = 0.2
 PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
 
 
@@ -145,6 +146,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
         faults=(
             *(_draw_fault(rng, nodes) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4]))),
             *_draw_alarm(seed, off),
+            *_draw_cut(seed, off),
         ),
         spares=rng.choice([0, 1, 1, 2]),
         spare_delay=rng.choice([0.0, 0.5, 5.0]),
@@ -167,6 +169,17 @@ def _draw_alarm(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
     if off or rng.random() > _ALARMS:
         return ()
     return (Fault("turn", rng.random(), rng.choice([0, 3, 30]), "one", "alarm"),)
+
+
+def _draw_cut(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
+    """Sometimes a connection goes while everybody lives. Drawn apart, too."""
+    rng = Random(f"cut {seed}")
+    if off or rng.random() > _CUTS:
+        return ()
+    when = rng.choice(["turn"] * 4 + ["Draining", "Staffing", "Executing", "Training", "WRITING", "Starting"])
+    return tuple(
+        Fault(when, rng.random(), rng.choice([0, 3, 30, 100]), "one", "cut") for _ in range(rng.choice([1, 1, 2]))
+    )
 
 
 def _draw_fault(rng: Random, nodes: int) -> Fault:

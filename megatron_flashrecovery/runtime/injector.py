@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.runtime.broken_device import break_device
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
 from megatron_flashrecovery.runtime.launch_config import Fault, Injection
 from megatron_flashrecovery.runtime.moment import Moment
@@ -20,9 +21,12 @@ from megatron_flashrecovery.runtime.moment import Moment
 class Injector:
     """The agent is told first, so that a replacement does not do it again and the journal knows the time of death."""
 
-    def __init__(self, orders: Sequence[InjectionOrder], channel: Channel) -> None:
+    def __init__(
+        self, orders: Sequence[InjectionOrder], channel: Channel, cut_a_connection: Callable[[], None] = lambda: None
+    ) -> None:
         self._orders = list(orders)
         self._channel = channel
+        self._cut_a_connection = cut_a_connection
 
     def pending(self, moment: Moment, step: Step) -> InjectionOrder | None:
         for order in self._orders:
@@ -38,7 +42,13 @@ class Injector:
     def fire(self, order: InjectionOrder) -> None:
         self._orders.remove(order)
         self._channel.send(InjectionFired(order.index, time.time()))
-        inflict(Fault(order.kind))
+        fault = Fault(order.kind)
+        if fault is Fault.NETWORK:
+            self._cut_a_connection()
+        elif fault is Fault.DEVICE:
+            break_device()
+        else:
+            inflict(fault)
 
 
 class InjectedError(RuntimeError):

@@ -86,7 +86,7 @@ def _serve(
     def on_end(reason: Exception | None) -> None:
         if reason is not None:
             failures.append(reason)
-            agent.hear(node_messages.Dismiss(str(reason), 2 if isinstance(reason, ConfigError) else 1))
+            agent.hear(node_messages.Dismiss(str(reason), 2 if isinstance(reason, ConfigError) else 1, at_once=True))
 
     control.start(agent.hear, on_end)
     stop_beating = threading.Event()
@@ -99,6 +99,7 @@ def _serve(
         echo.follow()
     finally:
         stop_beating.set()
+        agent.close()
         stop_controller()  # before the connection ends, which would look like the loss of this node
         control.close()
         vault.close()
@@ -130,6 +131,7 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
         execute_timeout=deadlines.execute_timeout,
         max_restarts=config.max_restarts,
         hang_timeout=deadlines.hang_timeout,
+        replaces_nodes=False,
     )
     job = Job.start(job_config, seats, sharded=True)
     controller = Controller(config, job, (config.master_addr, store_port), chronicle)

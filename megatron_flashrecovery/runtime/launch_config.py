@@ -28,6 +28,10 @@ class Fault(Enum):
     ABORT = "abort"
     EXCEPTION = "exception"
     EXIT = "exit"
+    DEVICE = "device"
+    """An access to memory that does not exist, after which the device context is lost."""
+    NETWORK = "network"
+    """Shut one connection to a rank that lives."""
 
 
 # The field's public fault injectors have names of their own.
@@ -39,6 +43,7 @@ _FAULT_NAMED: Mapping[str, Fault] = {
     "SEGFAULT": Fault.SEGV,
     "OS_ABORT": Fault.ABORT,
     "WORKLOAD_EXC": Fault.EXCEPTION,
+    "GPU_ERROR": Fault.DEVICE,
 }
 _SPEC_FORM = "kill:rank=5,step=6,at=backward"
 
@@ -85,8 +90,8 @@ class Deadlines:
     first step for instance; everything else has a limit by what it took before. 0: nobody looks for hangs.
     """
 
-    heartbeat_interval: float = 0.5
-    heartbeat_timeout: float = 3.0
+    heartbeat_interval: float = 0.4
+    heartbeat_timeout: float = 2.0
     drain_timeout: float = 30.0
     join_timeout: float = 300.0
     execute_timeout: float = 60.0

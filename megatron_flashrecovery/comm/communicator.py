@@ -85,6 +85,9 @@ class Transport(Protocol):
     def succeeded(self, work: dist.Work) -> bool:
         """Whether an operation that is over has ended well. From any thread; does not block."""
 
+    def error(self) -> str | None:
+        """What has gone wrong behind everybody's back, if anything. From any thread; does not block."""
+
     def sever(self) -> None:
         """Make everybody inside fail at once, remote members included. From any thread; does not block."""
 

@@ -68,6 +68,15 @@ class GlooTransport:
     def succeeded(self, work: dist.Work) -> bool:
         return work.is_success()
 
+    def error(self) -> str | None:
+        """Whoever waits is told."""
+        return None
+
+    def cut_a_connection(self) -> bool:
+        """As a network might. Whether there was one."""
+        with self._lock:
+            return any(_shut(descriptor, inode) for epoll in self._epolls for descriptor, inode in _members(epoll))
+
     def sever(self) -> None:
         # The lock: once the device is closed, its epoll descriptor may belong to somebody else.
         with self._lock:
@@ -185,17 +194,19 @@ def _is_listening(held: socket.socket) -> bool:
     return bool(held.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def _shut(descriptor: int, inode: int) -> None:
+def _shut(descriptor: int, inode: int) -> bool:
     held = _hold(descriptor, inode)
     if held is None:
-        return
+        return False
     with held:
         # Never the listening socket: gloo ends the process when it is gone.
-        if _is_tcp(held) and not _is_listening(held):
-            try:
-                held.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                return  # the peer was faster
+        if not _is_tcp(held) or _is_listening(held):
+            return False
+        try:
+            held.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return False  # the peer was faster
+        return True
 
 
 TRANSPORTS["gloo"] = GlooTransport

@@ -112,6 +112,14 @@ class NcclTransport:
             return False
         return not self._aborting.is_set()
 
+    def error(self) -> str | None:
+        """What torch's watchdog has seen: who waits on a stream is not told of the errors of a peer or a network."""
+        backend = self.backend
+        if backend is None or self._aborting.is_set() or not hasattr(backend, "get_error"):
+            return None
+        found = backend.get_error()
+        return None if found.name == "SUCCESS" else f"NCCL reports {found.name}"
+
     def sever(self) -> None:
         self.sever_batch([self])
 

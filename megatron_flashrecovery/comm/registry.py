@@ -110,6 +110,28 @@ class GroupRegistry:
     def outstanding(self) -> bool:
         return any(group.ledger.has_outstanding for group in self._alive().values())
 
+    def errors(self) -> dict[GroupKey, str]:
+        """Groups in which something has gone wrong without failing anybody's operation. From any thread; does not
+        block. They count as broken from here on."""
+        found: dict[GroupKey, str] = {}
+        for key, group in self._alive().items():
+            communicator = group.communicator
+            if communicator is None or communicator.severed is not None:
+                continue
+            for transport in communicator.transports:
+                if (error := transport.error()) is not None:
+                    found[key] = error
+                    group.ledger.mark_broken(error)
+        return found
+
+    def cut_a_connection(self) -> None:
+        """As a network might: nobody is told. In the smallest group that has one, for in a large one some connections
+        are never used."""
+        for group in sorted(self._alive().values(), key=lambda group: group.identity.size):
+            transports = group.communicator.transports if group.communicator is not None else ()
+            if any(isinstance(each, GlooTransport) and each.cut_a_connection() for each in transports):
+                return
+
     def sever(self, keys: Iterable[GroupKey], reason: str, epoch: Epoch | None = None) -> None:
         """From any thread; does not block. Everybody inside these groups fails at once, remote members included.
 

@@ -6,6 +6,7 @@
 | Starting | loss | Starting | RestartAll, or Stop after too many |
 | Training | loss | Draining, epoch + 1 | Park, StartWorkers |
 | Training | a few ranks hang | Draining, epoch + 1 | Fence, Park, StartWorkers |
+| Training | operations fail, nobody is lost | Draining, epoch + 1, or Starting the second time | Park, or RestartAll |
 | Training | all wait for each other | Draining, epoch + 1, or Halted the second time | Park, or Stop |
 | Draining | last report of a round | Draining | Drain, until nobody is in anybody's way |
 | Draining | settled | Staffing | |
@@ -35,6 +36,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from megatron_flashrecovery.core.answers import known_results
+from megatron_flashrecovery.core.communicator_errors import check_failures, note_failures
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, Wait, decide_drain
 from megatron_flashrecovery.core.errors import ImpossibleTransition
 from megatron_flashrecovery.core.hangs import check_hangs, end_hung, note_hangs
@@ -50,6 +52,7 @@ from megatron_flashrecovery.core.messages import (
     ExecutePlan,
     NodeJoined,
     NodeLost,
+    OperationsFailed,
     PlanExecuted,
     PlanFailed,
     RanksFinished,
@@ -125,6 +128,8 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
             if isinstance(job.phase, Training):
                 job.own_times.note(event, job.seats.peers_of, job.config.slow_factor, now)
             return []
+        case OperationsFailed():
+            return note_failures(job, event, now)
         case RanksFinished(ranks=ranks):
             return _record_finished(job, event, ranks)
         case _:
@@ -329,6 +334,8 @@ def _resume(job: Job, phase: Executing, now: float) -> list[Command]:
 
 
 def _check_deadlines(job: Job, now: float) -> list[Command]:
+    if failures := check_failures(job, now):
+        return _and_go_on(job, failures, now)
     match job.phase:
         case Starting(deadline=deadline) if deadline is not None and now >= deadline:
             return _stop_without_room(job, job.seats.homeless, now)

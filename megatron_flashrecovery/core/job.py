@@ -22,6 +22,9 @@ Device: TypeAlias = tuple[NodeId, Rank]
 _REPEATABLE = frozenset({Fault.EXCEPTION, Fault.DEVICE_MEMORY, Fault.COMMUNICATOR_ERROR})
 SETTLED_AFTER = 1.0
 """Seconds: whoever hangs with others is seen at about the same time as they are."""
+_NO_STEP = Step(0)
+EXPLAINED_WITHIN = 0.4
+"""Seconds: the end of a process is told sooner, and a communicator error has to be answered within one."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class JobConfig:
     how many deadlines in a row may be missed, and how often one seat may be lost without progress, before the job falls
     back; ``max_restarts`` how often all workers may be started from the top. ``max_fruitless`` recoveries may begin
     within ``fruitless_window`` without a completed step. ``hang_timeout`` is how long many ranks may hang at the same
-    time. Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is.
+    time. Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is. ``replaces_nodes``: another
+    node may come for the seats of one that is lost; else its loss ends the job.
     """
 
     drain_timeout: float = 10.0
@@ -46,6 +50,7 @@ class JobConfig:
     max_fruitless: int = 10
     fruitless_window: float = 1800.0
     slow_factor: float = 1.5
+    replaces_nodes: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.drain_grace <= self.drain_timeout:
@@ -89,6 +94,20 @@ class Hangs:
         return self.waiting_since if self.hung_since is None else self.hung_since
 
 
+@dataclass
+class Breaks:
+    """Operations that have failed since everybody last trained, in the words of their ranks; ``since`` is when the
+    first one was told of, and a loss that explains it comes within a moment."""
+
+    failed: dict[Rank, str] = field(default_factory=dict)
+    step: Step = _NO_STEP
+    since: float | None = None
+
+    @property
+    def due(self) -> float | None:
+        return None if self.since is None else self.since + EXPLAINED_WITHIN
+
+
 class Job:
     """``seats`` says which ranks the agents start at first; nothing is ordered for that."""
 
@@ -120,6 +139,8 @@ class Job:
         """How often each device was suspected. Nothing clears them but another job."""
         self.deadlocks: set[Step] = set()
         """The steps in which everybody waited for everybody."""
+        self.unexplained: set[Step] = set()
+        """The steps in which operations failed although nobody was lost."""
         self.base = Epoch(0)
         self.staffed: dict[Rank, Epoch] = {}
         """The epoch that the worker of a seat was started for, if it is later than ``base``."""
@@ -137,6 +158,7 @@ class Job:
         self.timeline: Timeline | None = None
         self.hangs = Hangs()
         self.own_times = OwnTimes()
+        self.breaks = Breaks()
         self.lost: set[Rank] = set()
         """Seats vacated since everybody last trained."""
         self.vault: dict[Rank, tuple[Step, ...]] = {}
@@ -161,6 +183,7 @@ class Job:
             # What happens again later on, or at a later start, is another story.
             self.raised = {raised for raised in self.raised if raised[1] is not None and raised[1] > step}
             self.deadlocks = {deadlock for deadlock in self.deadlocks if deadlock > step}
+            self.unexplained = {failure for failure in self.unexplained if failure > step}
         self.last_resume = step
 
     def note_kept(self, steps: Iterable[Step]) -> None:
@@ -231,7 +254,7 @@ class Job:
         """When ``ClockTicked`` can make a difference next, at the earliest."""
         match self.phase:
             case Starting(deadline=deadline):
-                return deadline
+                return _first(deadline, self.breaks.due)
             case Draining() as phase:
                 moments = [*phase.joining.values(), phase.deadline]
                 if phase.stopped_since is not None:
@@ -240,10 +263,15 @@ class Job:
             case Staffing(joining=joining):
                 return min(joining.values(), default=None)
             case Executing(deadline=deadline):
-                return deadline
+                return _first(deadline, self.breaks.due)
             case Training() if self.hangs.crowd_since is not None:
-                return self.hangs.crowd_since + self.config.hang_timeout
+                return _first(self.hangs.crowd_since + self.config.hang_timeout, self.breaks.due)
             case Training():
-                return None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
+                settled = None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
+                return _first(settled, self.breaks.due)
             case _:
                 return None
+
+
+def _first(*moments: float | None) -> float | None:
+    return min((moment for moment in moments if moment is not None), default=None)

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Command, Loss, NodeLost, PlanFailed, WorkersLost
-from megatron_flashrecovery.core.phases import Executing
+from megatron_flashrecovery.core.phases import Draining, Executing, Staffing
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.response import SHOWN, Mishap, respond
+from megatron_flashrecovery.core.staffing import halt
+
+_NO_OTHER_NODE = "a node cannot be replaced yet: start the job again without it, from its newest checkpoint"
 
 
 def lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
@@ -48,6 +51,9 @@ def _distrust(job: Job, rank: Rank) -> None:
 def lose_node(job: Job, event: NodeLost, now: float) -> list[Command]:
     job.capacity.pop(event.node, None)
     ranks = job.seats.evict(event.node)
+    if ranks and not job.config.replaces_nodes:
+        seats = ", ".join(map(str, ranks[:SHOWN])) + (", ..." if len(ranks) > SHOWN else "")
+        return halt(job, f"node {event.node} with rank {seats} is gone: {event.cause}; {_NO_OTHER_NODE}")
     for rank in ranks:
         job.vault.pop(rank, None)
         job.fenced.pop(rank, None)
@@ -69,5 +75,7 @@ def give_up_rank(job: Job, event: PlanFailed, now: float) -> list[Command]:
 def _lose(job: Job, mishaps: Mapping[Rank, Mishap], now: float) -> list[Command]:
     if not mishaps:
         return []
+    if isinstance(job.phase, Draining | Staffing | Executing):
+        job.unexplained.clear()  # what failed just before was the end of these, only told late
     why = "; ".join(f"rank {rank}: {mishaps[rank].cause}" for rank in sorted(mishaps)[:SHOWN])
     return respond(job, mishaps, why, now)

@@ -136,7 +136,7 @@ class Loss:
 
     ``epoch`` is the one that it was started for, so that the end of a fenced worker is not taken for the end of its
     replacement. ``step`` is the one that it was computing, if it had begun with any; ``raised`` is the exception that
-    ended it, and where, if it was one of the script's own.
+    ended it, and where, if it was one; ``fault`` is what is known to be behind it.
     """
 
     rank: Rank
@@ -185,6 +185,18 @@ class StepsTimed:
     step: Step
     computed: Mapping[Rank, float]
     waited: Mapping[Rank, float]
+
+
+@dataclass(frozen=True)
+class OperationsFailed:
+    """Operations of these ranks of one node have failed, each in the words of its communicator. Who waited for a rank
+    that has died says so, too, and sooner than the agent of that rank. ``step`` is the newest in which one of them
+    is."""
+
+    node: NodeId
+    epoch: Epoch
+    failed: Mapping[Rank, str]
+    step: Step
 
 
 @dataclass(frozen=True)
@@ -286,6 +298,7 @@ Event: TypeAlias = (
     WorkersLost
     | RanksHung
     | StepsTimed
+    | OperationsFailed
     | NodeLost
     | NodeJoined
     | SeatsDescribed

@@ -24,6 +24,8 @@ class Fault(Enum):
     DEVICE_MEMORY = "out of device memory"
     DEVICE_POISONED = "uncorrectable memory error"
     """Nothing that this rank kept for itself or for others is a source any more."""
+    DEVICE_LOST = "device lost"
+    """Fallen off the bus: whoever is started on it again finds no device."""
     COMMUNICATOR_ERROR = "communicator error"
     HANG = "hang"
     CROWD = "hang of many"
@@ -131,9 +133,10 @@ SUSPECTED_WITHOUT_ROOM: Condition = (
     lambda history: history.suspicions > 1 and not history.has_room,
 )
 AGAIN: Condition = ("again in the same step of the same rank, after a retry", lambda history: history.again)
+NO_ROOM: Condition = ("no other node has room", lambda history: not history.has_room)
 NO_NODE: Condition = ("no other node has come within --join-timeout", lambda history: not history.has_room)
 
-SUSPECTS_A_DEVICE = frozenset({Fault.DEVICE_ERROR, Fault.DEVICE_POISONED, Fault.CORRUPTION})
+SUSPECTS_A_DEVICE = frozenset({Fault.DEVICE_ERROR, Fault.DEVICE_POISONED, Fault.DEVICE_LOST, Fault.CORRUPTION})
 
 
 def _ends_a_process(fault: Fault) -> list[Rule]:
@@ -165,6 +168,8 @@ POLICY: Sequence[Rule] = (
     Rule(Fault.DEVICE_MEMORY, AGAIN[0], Action.STOP, AGAIN[1]),
     *_ends_a_process(Fault.DEVICE_MEMORY),
     *_of_a_device(Fault.DEVICE_POISONED),
+    Rule(Fault.DEVICE_LOST, NO_ROOM[0], Action.STOP, NO_ROOM[1]),
+    Rule(Fault.DEVICE_LOST, ALWAYS, Action.REPLACE_NODE),
     Rule(Fault.COMMUNICATOR_ERROR, STARTING[0], Action.START_ANEW, STARTING[1]),
     Rule(Fault.COMMUNICATOR_ERROR, AGAIN[0], Action.FALL_BACK, AGAIN[1]),
     Rule(Fault.COMMUNICATOR_ERROR, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),

@@ -37,6 +37,13 @@ class Mishap:
     step: Step | None = None
     raised: str | None = None
 
+    @property
+    def suspects_a_device(self) -> bool:
+        """An access to memory that does not exist is as often a bug as a broken device: as long as the driver itself
+        does not complain, it is judged by how often the seat is lost."""
+        is_of_the_script = self.raised is not None and self.fault is Fault.DEVICE_ERROR
+        return self.fault in SUSPECTS_A_DEVICE and not is_of_the_script
+
 
 def respond(
     job: Job, mishaps: Mapping[Rank, Mishap], why: str, now: float, fenced: Sequence[Rank] = ()
@@ -45,7 +52,7 @@ def respond(
     orders = _fence(job, mishaps, fenced, why)
     for rank, mishap in mishaps.items():
         job.setbacks[rank] += 1
-        if mishap.fault in SUSPECTS_A_DEVICE and rank in job.seats.node_of:
+        if mishap.suspects_a_device and rank in job.seats.node_of:
             job.suspect(rank)
     rules = {
         rank: decide(mishap.fault, replace(job.history(now, rank), again=mishap.again))
@@ -131,10 +138,8 @@ def fruitless(job: Job, now: float) -> str:
 def _leave_out(job: Job, rank: Rank) -> str:
     node = job.seats.node_of[rank]
     times = job.suspicions[node, rank]
-    return (
-        f"the device of rank {rank} on {node} was suspected {times} times, and no other node has room: "
-        f"start the job again without {node}"
-    )
+    what = "is of no more use" if times == 1 else f"was suspected {times} times"
+    return f"the device of rank {rank} on {node} {what}, and no other node has room: start the job again without {node}"
 
 
 def _same_again(mishaps: Mapping[Rank, Mishap]) -> str:
@@ -143,6 +148,9 @@ def _same_again(mishaps: Mapping[Rank, Mishap]) -> str:
     first = next(iter(mishaps.values()))
     where = f"in step {first.step}" if first.step is not None else "before its first step"
     what = first.raised or first.fault.value
+    if first.fault is Fault.DEVICE_MEMORY:
+        remedy = "use a smaller micro batch or recompute more"
+        return f"rank {ranks}: the device has not enough memory {where}, again after a retry: {remedy}: {what}"
     if first.fault is not Fault.EXCEPTION:
         return f"rank {ranks}: {what} {where} again after a retry: {first.cause}"
     return f"rank {ranks} raised the same exception {where} again after a retry, so it is the script's: {what}"

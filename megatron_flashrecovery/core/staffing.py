@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.ids import Epoch, Rank
-from megatron_flashrecovery.core.job import Job
+from megatron_flashrecovery.core.job import Breaks, Job
 from megatron_flashrecovery.core.messages import Command, Park, RestartAll, StartWorkers, Stop
 from megatron_flashrecovery.core.phases import Draining, Executing, Halted, Staffing, Starting
 from megatron_flashrecovery.core.recovery import Timeline
@@ -29,6 +29,7 @@ def open_epoch(job: Job, losses: Mapping[Rank, str], why: str, now: float) -> li
         job.carried |= dict.fromkeys(job.phase.plan.rebuild, reason)
     job.epoch = Epoch(job.epoch + 1)
     job.own_times = OwnTimes()
+    job.breaks = Breaks()
     job.lost.update(losses)
     if job.timeline is None:
         job.timeline = Timeline(opened=now)
@@ -97,6 +98,7 @@ def restart(job: Job, reason: str, now: float) -> list[Command]:
     job.rounds = 0
     job.last_resume = job.newest_kept = None
     job.deadlocks.clear()
+    job.unexplained.clear()
     job.begin_anew()
     job.seats.forget()
     order = RestartAll(job.epoch, reason, from_checkpoint=job.checkpoint is not None)

@@ -10,13 +10,11 @@ import os
 import queue
 import select
 import signal
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
 
 from megatron_flashrecovery.comm.channel import ChannelClosed
 from megatron_flashrecovery.comm.codec import UnknownMessage
@@ -28,6 +26,8 @@ from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.detect.out_of_memory import OutOfMemory
 from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.departures import Departures
+from megatron_flashrecovery.runtime.device_watch import DeviceWatch
+from megatron_flashrecovery.runtime.farewell import Farewell, Sender
 from megatron_flashrecovery.runtime.injections import Injections
 from megatron_flashrecovery.runtime.inquest import Inquest
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
@@ -35,6 +35,7 @@ from megatron_flashrecovery.runtime.relay import merged, narrowed
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
 from megatron_flashrecovery.runtime.seating import grant, seats_described
 from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
+from megatron_flashrecovery.runtime.vigil import Vigil
 from megatron_flashrecovery.runtime.watch import Watch
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
 from megatron_flashrecovery.state.vault import Vault
@@ -43,19 +44,14 @@ _TICK = 0.05
 _CONFIG_EXIT = 2
 
 
-class ControlStream(Protocol):
-    def send(self, message: object) -> None: ...
-
-
 class Agent:
-    def __init__(
-        self, config: LaunchConfig, node: NodeId, workers: Workers, control: ControlStream, vault: Vault
-    ) -> None:
+    def __init__(self, config: LaunchConfig, node: NodeId, workers: Workers, control: Sender, vault: Vault) -> None:
         self._config = config
         self._node = node
         self._workers = workers
         self._control = control
         self._vault = vault
+        self._vigil = Vigil(config)
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         first = config.node_rank * config.nproc_per_node
@@ -71,10 +67,11 @@ class Agent:
         self._reported: dict[Rank, dict[str, Step]] = defaultdict(dict)
         self._described: dict[Rank, dialogue.Described] = {}
         self._watch = Watch(node, Pace(unknown=config.deadlines.hang_timeout))
-        self._inquest = Inquest(self._watch, OutOfMemory())
+        self._devices = DeviceWatch(node, self.ranks, control)
+        self._inquest = Inquest(self._watch, OutOfMemory(), self._devices)
         self.injections = Injections(config.injections, self.ranks)
         self._departures = Departures(self.ranks)
-        self._end_by: float | None = None
+        self._farewell = Farewell(node, config.shutdown_timeout, workers, control, self._departures)
         self._dismissal: node_messages.Dismiss | None = None
 
     def hear(self, message: object) -> None:
@@ -98,9 +95,15 @@ class Agent:
             self._keep_spares()
             self._tell_started()
             on_tick()
-            if self._end_by is not None and time.monotonic() >= self._end_by:
-                return self._out_of_patience()
+            self._dismissal = self._dismissal or self._vigil.look()
+            if (late := self._farewell.out_of_patience()) is not None:
+                return late
+        if self._dismissal.at_once:
+            self._workers.close(0.0)
         return self._dismissal
+
+    def close(self) -> None:
+        self._devices.close()
 
     # --- orders from the controller -----------------------------------------------------------------------------------
 
@@ -147,7 +150,7 @@ class Agent:
             case node_messages.Inject():
                 self._inject(order)
             case signal.Signals():
-                self._pass_on(order)
+                self._farewell.pass_on(order)
             case node_messages.Dismiss():
                 self._dismissal = order
             case _:
@@ -160,24 +163,6 @@ class Agent:
         for rank, worker in self._workers.seated():
             if not isinstance(accepted, str) and rank == accepted[0]:
                 self._say(worker, accepted[1])
-
-    def _pass_on(self, number: signal.Signals) -> None:
-        """To the workers alone: what they have started is theirs to end."""
-        self._departures.passed_on = number
-        seated = list(self._workers.seated())
-        for _rank, worker in seated:
-            self._workers.tell(worker, number)
-        self._control.send(node_messages.SignalPassedOn(self._node, number.name, len(seated)))
-        patience = self._config.shutdown_timeout
-        self._end_by = time.monotonic() + patience
-        said = f"passed on to {len(seated)} workers, which have {patience:g} s to end by themselves"
-        print(f"flashrecovery: {number.name}: {said}; a second signal ends them at once", file=sys.stderr, flush=True)
-
-    def _out_of_patience(self) -> node_messages.Dismiss:
-        assert self._departures.passed_on is not None
-        late = ", ".join(map(str, self._departures.still_here()[:8])) or "of another node"
-        told = f"{self._config.shutdown_timeout:g} s after {self._departures.passed_on.name}"
-        return node_messages.Dismiss(f"rank {late} had not ended {told}", 1)
 
     def _fence(self, order: core.Fence) -> None:
         """Its end is told as a loss, for what it left in the vault counts."""
@@ -278,6 +263,7 @@ class Agent:
                 self._say(worker, *grant(self._vault, rank, own, guests))
             case dialogue.Described():
                 self._described[rank] = message
+                self._devices.note_device(rank, message.device)
                 told.append(node_messages.BillNoted(rank, message.host, message.unique_nbytes, message.warning))
                 if self._described.keys() == set(self.ranks) and worker.seat is not None and not worker.seat.joining:
                     told.append(seats_described(self._node, self._epoch, self._described))
@@ -305,6 +291,8 @@ class Agent:
                 self._reported[rank][name] = step
             case dialogue.Raised():
                 self._watch.note_raised(worker.id, message)
+            case dialogue.OperationFailed(epoch=epoch, step=step, reason=reason):
+                told.append(core.OperationsFailed(self._node, epoch, {rank: reason}, step))
             case dialogue.InjectionFired():
                 noted, is_its_end = self.injections.note_fired(message)
                 if is_its_end:
@@ -315,8 +303,17 @@ class Agent:
 
     # --- processes ----------------------------------------------------------------------------------------------------
 
+    def _look_at_devices(self, ended: Sequence[WorkerEnded]) -> None:
+        """Whoever computes on one that has failed is ended before anybody recovers, and is lost with the evidence."""
+        seated = [worker for _, worker in self._workers.seated()]
+        for worker, evidence in self._devices.look(seated, [end.worker for end in ended]):
+            self._inquest.note_fenced([worker], evidence, Fault.DEVICE_ERROR)
+            self._workers.kill(worker)
+        self._report_losses(self._devices.stuck())
+
     def _notice_deaths(self) -> None:
         ended = self._workers.poll()
+        self._look_at_devices(ended)
         told: list[object] = []
         for end in ended:
             self._hear_last_words(end.worker, told)
@@ -325,7 +322,9 @@ class Agent:
         for message in merged(told):
             self._control.send(message)
         self._report_losses([end for end in ended if self._is_loss(end)] + self._departures.stayed_alone())
-        self._watch.keep_only({worker.id for worker in self._workers.living if worker.seat is not None})
+        seated = {worker.id for worker in self._workers.living if worker.seat is not None}
+        self._watch.keep_only(seated)
+        self._devices.forget_all_but(seated)
         if (result := self._departures.result()) is not None:
             self._control.send(node_messages.NodeDone(self._node, result))
 
@@ -386,8 +385,7 @@ class Agent:
 
     def _wait(self) -> None:
         waits = [self._wake_read, *(worker.channel.fileno() for worker in self._workers.living)]
-        server = self._workers.server_fileno()
-        if server is not None:
+        if (server := self._workers.server_fileno()) is not None:
             waits.append(server)
         select.select(waits, [], [], _TICK)
         with suppress(BlockingIOError):

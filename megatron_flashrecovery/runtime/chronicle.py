@@ -157,6 +157,9 @@ class Chronicle:
                 self._note_first_step(message)
             case node_messages.FinalNoted(rank=rank, state_sha256=sha256):
                 self._final[rank] = sha256
+            case node_messages.DeviceNoted(node=node, ranks=ranks, evidence=evidence):
+                of = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+                self._say(f"{node}{of}: {evidence}")
             case node_messages.BillNoted(warning=warning):
                 if warning and warning not in self._warned:
                     self._warned.add(warning)

@@ -207,5 +207,5 @@ class Controller:
         self._last_heard.pop(node, None)
         outbox = self._outbox.pop(node, None)
         if outbox is not None:
-            outbox.put_nowait(node_messages.Dismiss(f"this node was given up: {cause}", 1))
+            outbox.put_nowait(node_messages.Dismiss(f"this node was given up: {cause}", 1, at_once=True))
             self._apply(core.NodeLost(node, cause))

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from megatron_flashrecovery.comm.codec import Codec
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Report, Resume
+from megatron_flashrecovery.core.policy import Fault
 
 # --- worker to agent --------------------------------------------------------------------------------------------------
 
@@ -27,7 +28,8 @@ class MemoryNeeded:
 
 @dataclass(frozen=True)
 class Described:
-    """What this rank is part of: sent once, before it is ready. ``groups`` are those that it is the first member of."""
+    """What this rank is part of: sent once, before it is ready. ``groups`` are those that it is the first member of.
+    ``device`` is the place on the bus of the one that it computes on, if that is known."""
 
     sharded: bool
     host: Rank
@@ -35,6 +37,7 @@ class Described:
     groups: Mapping[GroupKey, tuple[Rank, ...]]
     unique_nbytes: int
     warning: str | None = None
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,16 @@ class Raised:
 
     what: str
     traceback: str
+    fault: Fault = Fault.EXCEPTION
+
+
+@dataclass(frozen=True)
+class OperationFailed:
+    """An operation has failed here, and nobody has said yet that a member of its group was lost."""
+
+    epoch: Epoch
+    step: Step
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -188,6 +201,7 @@ FromWorker: TypeAlias = (
     | Reported
     | Finished
     | Raised
+    | OperationFailed
     | InjectionFired
 )
 ToWorker: TypeAlias = Seat | MemoryGranted | InjectionOrder | Park | Drain | ExecutePlan | Resume | Release
@@ -197,7 +211,7 @@ def dialogue_codec() -> Codec:
     return Codec(
         (
             *(MemoryNeeded, Described, Ready, Stood, Executed, Failed, StepDone, Resumed),
-            *(CheckpointDone, Reported, Finished, Raised, InjectionFired),
+            *(CheckpointDone, Reported, Finished, Raised, OperationFailed, InjectionFired),
             *(Seat, MemoryGranted, InjectionOrder, Park, Drain, ExecutePlan, Resume, Release),
         )
     )

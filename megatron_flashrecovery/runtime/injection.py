@@ -29,6 +29,8 @@ class Fault(Enum):
     HANG_COLLECTIVE = "hang_collective"
     DROP_HEARTBEATS = "drop_heartbeats"
     AGENT = "agent"
+    DEVICE = "device"
+    NETWORK = "network"
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ KINDS: Mapping[Fault, Kind] = {
     Fault.DROP_HEARTBEATS: Kind(
         "the agent of its node sends no heartbeats", (Option("seconds", "5", _number_from(0.0), "5"),), is_survived=True
     ),
+    Fault.DEVICE: Kind(
+        "accesses memory of its device that does not exist, after which the device context is lost",
+        main_thread_only=True,
+    ),
+    Fault.NETWORK: Kind("shuts one connection to a rank that lives", is_survived=True, main_thread_only=True),
     Fault.AGENT: Kind("the agent of its node is killed, and its workers with it; on node 0 that is the whole job"),
 }
 
@@ -115,6 +122,7 @@ _NAMED: Mapping[str, tuple[Fault, Mapping[str, str]]] = {
     "SEGFAULT": (Fault.SEGV, {}),
     "OS_ABORT": (Fault.ABORT, {}),
     "WORKLOAD_EXC": (Fault.EXCEPTION, {}),
+    "GPU_ERROR": (Fault.DEVICE, {}),
     "ASYNC_EXC": (Fault.EXCEPTION, {"how": "async"}),
     "SIGNAL_EXC": (Fault.EXCEPTION, {"how": "signal"}),
 }

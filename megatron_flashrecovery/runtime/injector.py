@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import torch.distributed as dist
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.detect.out_of_memory import why_no_limit
+from megatron_flashrecovery.runtime.broken_device import break_device
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
 from megatron_flashrecovery.runtime.injection import Fault, option
 from megatron_flashrecovery.runtime.moment import Moment
@@ -27,9 +28,12 @@ class Injector:
     """The agent is told first, so that a replacement does not do it again and the journal knows the time of death.
     ``add`` is any thread's."""
 
-    def __init__(self, orders: Sequence[InjectionOrder], channel: Channel) -> None:
+    def __init__(
+        self, orders: Sequence[InjectionOrder], channel: Channel, cut_a_connection: Callable[[], None] = lambda: None
+    ) -> None:
         self._orders = list(orders)
         self._channel = channel
+        self._cut_a_connection = cut_a_connection
         self._slowness: Slowness | None = None
 
     def add(self, order: InjectionOrder) -> None:
@@ -53,10 +57,15 @@ class Injector:
     def fire(self, order: InjectionOrder, step: Step) -> None:
         self._orders.remove(order)
         self._channel.send(InjectionFired(order.index, time.time()))
-        if Fault(order.kind) is Fault.SLOW:
-            self._slowness = Slowness.of(order, step)
-        else:
-            inflict(order)
+        match Fault(order.kind):
+            case Fault.SLOW:
+                self._slowness = Slowness.of(order, step)
+            case Fault.NETWORK:
+                self._cut_a_connection()
+            case Fault.DEVICE:
+                break_device()
+            case _:
+                inflict(order)
 
 
 class Slowness:

@@ -11,6 +11,7 @@ from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import WorkerId
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.detect.out_of_memory import OutOfMemory
+from megatron_flashrecovery.runtime.device_watch import DeviceWatch
 from megatron_flashrecovery.runtime.node_messages import DeathNoted, LastWords
 from megatron_flashrecovery.runtime.watch import Watch, in_words
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded
@@ -25,9 +26,10 @@ class Finding:
 
 
 class Inquest:
-    def __init__(self, watch: Watch, out_of_memory: OutOfMemory) -> None:
+    def __init__(self, watch: Watch, out_of_memory: OutOfMemory, devices: DeviceWatch) -> None:
         self._watch = watch
         self._out_of_memory = out_of_memory
+        self._devices = devices
         self._fenced: dict[WorkerId, tuple[str, Fault]] = {}
         self._announced: dict[WorkerId, float] = {}
 
@@ -51,11 +53,11 @@ class Inquest:
         death = DeathNoted(rank, worker.pid or 0, time.time(), announced)
         words = self._watch.last_words(rank, worker.id)
         cause, fault = self._fenced.pop(worker.id) if worker.id in self._fenced else self._cause(end, words)
+        fault = self._devices.fault_of(worker.id, fault)
         loss = core.Loss(rank, worker.id, cause, worker.seat.epoch, words.step, words.raised, fault)
         return Finding(loss, (death, words))
 
     def _cause(self, end: WorkerEnded, words: LastWords) -> tuple[str, Fault]:
         if end.status == signal.SIGKILL and self._out_of_memory.has_struck():
             return "killed by the out-of-memory killer" + in_words(words), Fault.OUT_OF_MEMORY
-        fault = Fault.PROCESS_ENDED if words.raised is None else Fault.EXCEPTION
-        return end.cause + in_words(words), fault
+        return end.cause + in_words(words), words.fault

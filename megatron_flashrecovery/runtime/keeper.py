@@ -7,10 +7,8 @@ job; an older one that was overtaken is dropped, and whatever belongs to an epoc
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +21,7 @@ from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.injector import Injector
 from megatron_flashrecovery.runtime.moment import Moment
+from megatron_flashrecovery.runtime.seat import end_with
 from megatron_flashrecovery.runtime.settling import Berth, Memories
 from megatron_flashrecovery.state.copying import copier_for
 from megatron_flashrecovery.state.encoding import decode_values, encode_values
@@ -187,10 +186,9 @@ class Keeper:
                     if job.epoch == self._epoch:
                         self._trouble = error
                 self._on_change()
-            except Exception:
+            except Exception as error:
                 # Without this thread every gate would wait for ever, and nobody would know why.
-                traceback.print_exc()
-                os._exit(_BROKEN_EXIT)
+                end_with(error, _BROKEN_EXIT)
 
     def _deliver_one(self, job: _Job) -> None:
         if job.captured:

@@ -90,7 +90,7 @@ def _serve(
     def on_end(reason: Exception | None) -> None:
         if reason is not None:
             failures.append(reason)
-            agent.hear(node_messages.Dismiss(str(reason), 2 if isinstance(reason, ConfigError) else 1))
+            agent.hear(node_messages.Dismiss(str(reason), 2 if isinstance(reason, ConfigError) else 1, at_once=True))
 
     control.start(agent.hear, on_end)
     heart = Heart(node, control, config.deadlines.heartbeat_interval, agent.injections)
@@ -102,6 +102,7 @@ def _serve(
         echo.follow()
     finally:
         heart.stop()
+        agent.close()
         stop_controller()  # before the connection ends, which would look like the loss of this node
         control.close()
         vault.close()
@@ -134,6 +135,7 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
         max_restarts=config.max_restarts,
         hang_timeout=deadlines.hang_timeout,
         slow_factor=config.slow_factor,
+        replaces_nodes=False,
     )
     job = Job.start(job_config, seats, sharded=True)
     spool = Spool(config.log_dir) if config.allow_injection or config.injections else None

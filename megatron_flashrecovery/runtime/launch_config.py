@@ -24,8 +24,8 @@ class Deadlines:
     first step for instance; everything else has a limit by what it took before. 0: nobody looks for hangs.
     """
 
-    heartbeat_interval: float = 0.5
-    heartbeat_timeout: float = 3.0
+    heartbeat_interval: float = 0.4
+    heartbeat_timeout: float = 2.0
     drain_timeout: float = 30.0
     join_timeout: float = 300.0
     execute_timeout: float = 60.0

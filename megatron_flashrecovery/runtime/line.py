@@ -15,9 +15,9 @@ from typing import Protocol, assert_never
 from megatron_flashrecovery.comm.channel import Channel, ChannelClosed
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core import messages as core
-from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
 from megatron_flashrecovery.core.member import CarryOut, GetOutOfTheWay, GoOn, Leave, Member, Mode, SayReady, StandStill
-from megatron_flashrecovery.core.messages import Report, Standing
+from megatron_flashrecovery.core.messages import Report, Spot, Standing
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.framework import StepRecord
@@ -62,6 +62,7 @@ class Line:
         self._saying = threading.Lock()
         self._last_said: Report | None = None
         self._first_step_due = seat.joining
+        self._errors_told: set[tuple[Epoch, GroupKey]] = set()
         self._granted: queue.SimpleQueue[tuple[dialogue.MemoryGranted, list[int]]] = queue.SimpleQueue()
         self.copies: Copies | None = None
         self.injector: Injector | None = None
@@ -97,6 +98,12 @@ class Line:
             self._member.executed()
             self._channel.send(dialogue.Executed(epoch, seconds))
             return True
+
+    def say_operation_failed(self, spot: Spot, error: Exception) -> None:
+        self._say_what_failed(f"{spot.operation} of {spot.group} failed: {str(error).splitlines()[0]}")
+
+    def _say_what_failed(self, what: str) -> None:
+        self._channel.send(dialogue.OperationFailed(self.epoch, Step(self._progress.completed + 1), what))
 
     def say_failed(self, epoch: Epoch, reason: str) -> None:
         self._channel.send(dialogue.Failed(epoch, reason))
@@ -142,6 +149,7 @@ class Line:
                 except TimeoutError:
                     if self._lot.stopping:
                         self._look_again()
+                    self._look_for_errors()
                     continue
                 if isinstance(message, dialogue.MemoryGranted):
                     self._granted.put((message, fds))
@@ -172,6 +180,9 @@ class Line:
             case StandStill(lost=lost):
                 reason = f"epoch {message.epoch}: rank {', '.join(map(str, lost))} was lost"
                 self._registry.sever(self._registry.groups_with(lost), reason, message.epoch)
+                for key, error in self._registry.errors().items():
+                    # Whoever waits on a device for what has failed hears of nothing, and cannot stop.
+                    self._registry.sever([key], error, message.epoch)
                 self._registry.settle()
                 self.report()
             case SayReady():
@@ -201,6 +212,13 @@ class Line:
         stand = self._lot.stand or self._blocked()
         if stand is not None and self._report(stand) != self._last_said:
             self.report()
+
+    def _look_for_errors(self) -> None:
+        """That nobody who waits is told of."""
+        for key, error in self._registry.errors().items():
+            if (self.epoch, key) not in self._errors_told:
+                self._errors_told.add((self.epoch, key))
+                self._say_what_failed(f"{key}: {error}")
 
     def _blocked(self) -> Stand | None:
         inside = self._registry.standing()

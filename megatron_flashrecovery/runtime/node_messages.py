@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import TypeAlias, get_args
 
 from megatron_flashrecovery.comm.codec import Codec
+from megatron_flashrecovery.core.devices import Trouble
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import Command, Event
+from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.runtime.dialogue import StepDone
 
 
@@ -64,7 +66,7 @@ class DeathNoted:
 @dataclass(frozen=True)
 class LastWords:
     """What a worker that is gone did last, by the page that it kept: the step, the activity, and the operation that it
-    waited in, if it did. ``raised`` and ``traceback`` are of an exception of the script, ``stacks`` those of all
+    waited in, if it did. ``raised`` and ``traceback`` are of an exception that ended it, ``stacks`` those of all
     threads, which it wrote when a signal ended it or when it was asked to, for it hung."""
 
     rank: Rank
@@ -75,6 +77,23 @@ class LastWords:
     raised: str | None = None
     traceback: str = ""
     stacks: str = ""
+    fault: Fault = Fault.PROCESS_ENDED
+
+
+@dataclass(frozen=True)
+class DeviceNoted:
+    """What the driver said of a device of this node, and which ranks compute on it. ``fault`` is empty for a note."""
+
+    node: NodeId
+    device: str
+    ranks: tuple[Rank, ...]
+    fault: str
+    evidence: str
+
+    @classmethod
+    def of(cls, node: NodeId, trouble: Trouble, ranks: tuple[Rank, ...]) -> DeviceNoted:
+        fault = "" if trouble.fault is None else trouble.fault.value
+        return cls(node, trouble.device, ranks, fault, trouble.evidence)
 
 
 @dataclass(frozen=True)
@@ -166,10 +185,12 @@ class Inject:
 
 @dataclass(frozen=True)
 class Dismiss:
-    """The job is over. ``failure`` is empty if it ended well."""
+    """The job is over. ``failure`` is empty if it ended well. ``at_once``: others may have taken the seats of this
+    node, so its workers must not write any more."""
 
     failure: str
     exit_code: int
+    at_once: bool = False
 
 
 FromAgent: TypeAlias = (
@@ -181,6 +202,7 @@ FromAgent: TypeAlias = (
     | LastWords
     | InjectionNoted
     | InjectionAnswered
+    | DeviceNoted
     | ExecutionNoted
     | FirstStepNoted
     | FinalNoted

@@ -19,6 +19,7 @@ from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed, Ve
 from megatron_flashrecovery.core.errors import FlashRecoveryError
 from megatron_flashrecovery.core.ids import GroupKey, Rank, Step
 from megatron_flashrecovery.core.messages import ExecutePlan, Match, Spot, Standing, Told
+from megatron_flashrecovery.detect.exceptions import leaves_device_unusable
 from megatron_flashrecovery.detect.pulse import Pulse
 
 _PROCEED = Proceed()
@@ -46,7 +47,7 @@ class ParkingLot:
 
     ``on_stand`` is called without the lock held, on the thread that has just stopped or started to stand elsewhere; it
     reports to the agent. ``on_match`` issues counterparts of what others are in, on the thread that stands, and returns
-    when they are over. ``pulse`` is told what a thread waits for.
+    when they are over. ``pulse`` is told what a thread waits for, ``on_failure`` what fails before the order to stop.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class ParkingLot:
         on_stand: Callable[[], None],
         on_match: Callable[[Sequence[Match]], None],
         pulse: Pulse | None = None,
+        on_failure: Callable[[Spot, Exception], None] = lambda _spot, _error: None,
     ) -> None:
         self._pulse = pulse or Pulse(None)
+        self._on_failure = on_failure
         self._order_timeout = order_timeout
         self._on_stand = on_stand
         self._on_match = on_match
@@ -161,6 +164,8 @@ class ParkingLot:
         return self._stay(Stand(Standing.PARKED, spot))
 
     def failed(self, spot: Spot, error: Exception) -> Verdict:
+        if not self._stopping or self._executing:
+            self._on_failure(spot, error)
         self._pulse.enter("", "the order to stop")
         with self._changed:
             ordered = self._changed.wait_for(lambda: self._stopping and not self._executing, self._order_timeout)
@@ -203,7 +208,8 @@ class ParkingLot:
         except FlashRecoveryError:
             raise
         except Exception as error:
-            if not self._stopping or self._executing or not is_before_update():
+            is_ours = self._stopping and not self._executing and is_before_update()
+            if not is_ours or leaves_device_unusable(error):
                 raise
             print(f"flashrecovery: given up while the job stops: {type(error).__name__}: {error}", flush=True)
             self.check()

@@ -21,6 +21,7 @@ from megatron_flashrecovery.core.errors import FlashRecoveryError, SnapshotMisma
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.messages import ExecutePlan, Update
 from megatron_flashrecovery.core.shares import Share, Source
+from megatron_flashrecovery.detect.exceptions import leaves_device_unusable
 from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.keeper import Keeper
@@ -85,12 +86,21 @@ class Recovery:
         assert isinstance(group, dist.ProcessGroup)
         dist.all_reduce(torch.ones(1, dtype=torch.int32, device=self._device()), group=group)
 
+    def wait_for_device(self) -> None:
+        """Armed is said of gradients that are reduced, not of reductions that are queued: one that is aborted later
+        would leave rubbish. The norm that follows makes the host wait anyway. No GPU has run this yet."""
+        device = self._device()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
     def _attempt(self, plan: ExecutePlan) -> None:
         (share,) = plan.shares
         self._seconds = {}
         try:
             self._carry_out(plan, share)
         except (FlashRecoveryError, RuntimeError) as error:
+            if leaves_device_unusable(error):
+                raise  # nothing can be restored into it: another process is refilled from the own copy
             # Somebody else's death looks like this too: then the order to park is on its way, and says so better.
             if not self._lot.stops_within(_GRACE):
                 self._line.say_failed(plan.epoch, f"{type(error).__name__}: {error}")

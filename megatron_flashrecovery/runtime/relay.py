@@ -27,6 +27,9 @@ def merged(told: list[object]) -> list[object]:
                 merged[-1] = replace(last, ranks=last.ranks + message.ranks)
             case (core.RanksStood(), core.RanksStood()) if (last.epoch, last.number) == (message.epoch, message.number):
                 merged[-1] = replace(last, reports=last.reports + message.reports)
+            case (core.OperationsFailed(), core.OperationsFailed()) if last.epoch == message.epoch:
+                step = max(last.step, message.step)
+                merged[-1] = replace(last, failed={**last.failed, **message.failed}, step=step)
             case _:
                 merged.append(message)
     return merged

@@ -9,20 +9,17 @@ import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_flashrecovery.comm.channel import Channel, ChannelClosed
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.detect import stacks
+from megatron_flashrecovery.detect.exceptions import fault_of, leaves_device_unusable
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.dialogue import Raised, Seat
 
 FROM_CHECKPOINT = "FLASHRECOVERY_FROM_CHECKPOINT"
 _PR_SET_NAME = 15
-_FOREIGN = frozenset(
-    {"FlashRecoveryError", "Severed", "DistError", "AcceleratorError", "OutOfMemoryError", "MemoryError", "OSError"}
-)
-"""Exceptions that say something of this package, the network, a device or a file system, and not of the script."""
-_FOREIGN_PLACES = ("/torch/distributed/", "/megatron_flashrecovery/comm/", "/runtime/parking_lot.py")
 _TRACEBACK_NBYTES = 8192
 _taken: tuple[Seat, Channel] | None = None
 _page: int | None = None
@@ -66,24 +63,33 @@ def take_seat(channel: Channel) -> None:
         print(f"flashrecovery: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Exception as error:
-        if _is_of_the_script(error):
-            with suppress(ChannelClosed):
-                channel.send(_raised(error))
+        if leaves_device_unusable(error):
+            end_with(error, 1)
+        _tell(error)
         raise
 
 
-def _is_of_the_script(error: Exception) -> bool:
-    if not _FOREIGN.isdisjoint(cls.__name__ for cls in type(error).__mro__):
-        return False
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return not any(place in last for place in _FOREIGN_PLACES)
+def end_with(error: Exception, exit_code: int) -> NoReturn:
+    """End this process at once, from any thread, and say of what. Exit handlers and destructors may wait for the
+    device, which may never answer, and for communicators whose kernels never end."""
+    _tell(error)
+    traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _tell(error: Exception) -> None:
+    if _taken is not None:
+        with suppress(ChannelClosed):
+            _taken[1].send(_raised(error))
 
 
 def _raised(error: Exception) -> Raised:
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = "".join(traceback.format_exception(error))
     what = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno} in {last.name}"
-    return Raised(what, text.encode()[-_TRACEBACK_NBYTES:].decode(errors="replace"))
+    return Raised(what, text.encode()[-_TRACEBACK_NBYTES:].decode(errors="replace"), fault_of(error))
 
 
 def _name_process(name: str) -> None:

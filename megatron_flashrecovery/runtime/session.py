@@ -27,6 +27,7 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.core.pace import STEP
+from megatron_flashrecovery.detect.cuda import place_of
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
@@ -57,7 +58,11 @@ class Session:
         self._bulletin = Bulletin(seat.store_host, seat.store_port, seat.join_timeout, seat.token.encode())
         self._pulse = taken_pulse()
         self._lot = ParkingLot(
-            seat.drain_timeout, lambda: self._line.report(), lambda matches: self._registry.match(matches), self._pulse
+            seat.drain_timeout,
+            lambda: self._line.report(),
+            lambda matches: self._registry.match(matches),
+            self._pulse,
+            lambda spot, error: self._line.say_operation_failed(spot, error),
         )
         record = StartupRecord.from_bytes(seat.startup) if seat.joining and seat.startup else None
         self._registry = GroupRegistry(
@@ -71,7 +76,8 @@ class Session:
             watch=self._pulse,
         )
         self._line = Line(seat, channel, self._lot, self._registry, self._progress, self._pulse)
-        self._line.injector = self._injector = Injector(seat.injections, channel)
+        self._injector = Injector(seat.injections, channel, self._registry.cut_a_connection)
+        self._line.injector = self._injector
         self._joining = seat.joining
         self._entered = self._inside = False
         self._last_step = NO_STEP
@@ -219,7 +225,7 @@ class Session:
         completed = self._progress.completed
         due = completed if self._ownership.sharded else Step(completed + 1)
         self._lot.wait_until(lambda: self._keeper.has_acknowledged(due), self._mirror_of(due))
-        self._wait_for_device()
+        self._recovery.wait_for_device()
         self._lot.check()
         self._progress.update = Update.ARMED
         self._lot.begin_telling(Step(completed + 1))
@@ -300,13 +306,6 @@ class Session:
     def _mirror_of(self, step: Step) -> str:
         return f"rank {self._keeper.host} to acknowledge the mirror of step {step}"
 
-    def _wait_for_device(self) -> None:
-        """Armed is said of gradients that are reduced, not of reductions that are queued: one that is aborted later
-        would leave rubbish. The norm that follows makes the host wait anyway. No GPU has run this yet."""
-        device = self._framework.tensor_pieces()[0].tensor.device
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-
     def _describe(self, berth: Berth) -> None:
         """What this rank is part of: every group is told of by its first member."""
         members_of = {key: self._registry.members(key) for key in self._registry.groups}
@@ -318,6 +317,7 @@ class Session:
                 groups={key: members for key, members in members_of.items() if members[0] == self.rank},
                 unique_nbytes=sum(piece.nbytes for piece in self._ownership.unique()),
                 warning="; ".join(berth.warnings) or None,
+                device=place_of(self._framework.tensor_pieces()[0].tensor.device),
             )
         )
 

@@ -11,6 +11,7 @@ from typing import Self
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import ExecutePlan, Park, RanksHung, Resume, StepsTimed
 from megatron_flashrecovery.core.pace import STEP, Pace, Reading, judge
+from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.timing import Timing
 from megatron_flashrecovery.detect import stacks
 from megatron_flashrecovery.detect.pulse import PulseReader, make_page
@@ -138,6 +139,7 @@ class Watch:
             raised=raised.what if raised else None,
             traceback=raised.traceback if raised else "",
             stacks=stacks.read_from(watched.stacks),
+            fault=raised.fault if raised else Fault.PROCESS_ENDED,
         )
         watched.close()
         return words

@@ -34,6 +34,13 @@ def is_needed() -> bool:
     return not torch.cuda.is_available()
 
 
+def device_error(code: int, words: str = "an illegal memory access was encountered") -> RuntimeError:
+    """What torch raises where a call to the CUDA runtime has failed with this number."""
+    error = torch.AcceleratorError(f"CUDA error: {words}")
+    error.error_code = code  # type: ignore[attr-defined]  # missing in torch's stub
+    return error
+
+
 def is_installed() -> bool:
     return bool(_undo)
 
@@ -121,4 +128,4 @@ def _silence_shared_generator_warning() -> None:
     _undo.append(lambda: logger.removeFilter(is_about_something_else))
 
 
-__all__ = ["install", "is_installed", "is_needed", "on_cpu", "uninstall"]
+__all__ = ["device_error", "install", "is_installed", "is_needed", "on_cpu", "uninstall"]

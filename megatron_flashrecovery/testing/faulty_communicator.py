@@ -66,6 +66,8 @@ class FaultyGroup:
         self.over = threading.Event()
         self.works: list[FaultyWork] = []
         self._coalescing = False
+        self.error: str | None = None
+        """As from a watchdog: nobody who waits is told of it."""
 
     def _get_backend(self, device: torch.device) -> FaultyGroup:
         return self
@@ -139,6 +141,9 @@ class FaultyTransport:
     def succeeded(self, work: object) -> bool:
         """No error is ever seen here."""
         return True
+
+    def error(self) -> str | None:
+        return self._group.error
 
     def sever(self) -> None:
         self._group.spoil()

@@ -130,6 +130,35 @@ def test_remote_members_are_free_within_a_fraction_of_a_second(run_ranks):
     assert max(run_ranks(4, sever_latency)) < 1.0
 
 
+def cut_by_one(rank: int, size: int, store: Any) -> tuple[float, str | None]:
+    registry = registry_of(rank, size, store)
+    dist.init_process_group("gloo")
+    world = next(iter(registry.groups))
+    dist.barrier()
+    if rank == 0:
+        meet(store, "blocked", size)
+        store.set("cut at", str(time.monotonic()))
+        registry.cut_a_connection()
+        with pytest.raises(RuntimeError):
+            block_in(1, None)
+        return 0.0, registry.counts()[world].broken
+    thread = threading.Thread(
+        target=lambda: (until(lambda: registry.standing() is not None), meet(store, "blocked", size))
+    )
+    thread.start()
+    with pytest.raises(RuntimeError):
+        block_in(rank, None)
+    took = time.monotonic() - float(store.get("cut at"))
+    thread.join()
+    return took, registry.counts()[world].broken
+
+
+def test_a_connection_that_is_cut_fails_the_operation_at_both_ends(run_ranks):
+    results = run_ranks(2, cut_by_one)
+    assert max(took for took, _ in results) < 1.0
+    assert all(broken is not None for _, broken in results)
+
+
 def held() -> tuple[int, int]:
     """Descriptors and threads of this process."""
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))

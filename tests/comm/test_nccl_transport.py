@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch.distributed as dist
+from torch._C._distributed_c10d import ErrorType
 
 from megatron_flashrecovery.comm.communicator import GroupIdentity, Progress, Severed
 from megatron_flashrecovery.comm.nccl_communicator import NcclTransport, contradictions, nccl_environment
@@ -30,7 +31,10 @@ class FakeNccl:
         self.name = options.group_name
 
     def _set_sequence_number_for_group(self) -> None:
-        pass
+        self.found = ErrorType.SUCCESS
+
+    def get_error(self) -> ErrorType:
+        return self.found
 
     def abort(self) -> None:
         self.log.append(f"abort {self.name}")
@@ -209,3 +213,14 @@ def test_settings_that_recovery_cannot_live_with_are_named(environ, named):
     found = contradictions(environ)
     assert len(found) == len(named)
     assert all(name in line for name, line in zip(named, found, strict=True))
+
+
+def test_what_the_watchdog_has_seen_is_told_until_the_abort(make):
+    transport = make("tp")
+    assert transport.error() is None
+    transport.backend.found = ErrorType.REMOTE_ERROR
+    assert transport.error() == "NCCL reports REMOTE_ERROR"
+    FakeNccl.abort_may_end.set()
+    transport.sever()
+    assert transport.error() is None
+    transport.settle()

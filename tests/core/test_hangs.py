@@ -34,7 +34,7 @@ def everybody_waits(job, now, what="barrier of dp1"):
     play(job, told(A, waiting=[0, 1]), told(B, waiting=[2, 3], what=what), now=now)
 
 
-def raised(rank, step=7, worker="1", what="ValueError at train.py:3 in step", epoch=0):
+def raised(rank, step=7, worker="1", what="ValueError at train.py:3 in step", epoch=0, fault=Fault.EXCEPTION):
     loss = Loss(
         Rank(rank),
         WorkerId(f"{rank}.{worker}"),
@@ -42,7 +42,7 @@ def raised(rank, step=7, worker="1", what="ValueError at train.py:3 in step", ep
         Epoch(epoch),
         None if step is None else Step(step),
         what,
-        Fault.EXCEPTION,
+        fault,
     )
     return WorkersLost(A if rank < 2 else B, (loss,))
 
@@ -187,6 +187,24 @@ def test_the_same_exception_in_the_same_step_of_the_same_rank_ends_the_job():
         "rank 1 raised the same exception in step 7 again after a retry, so it is the script's: "
         "ValueError at train.py:3 in step"
     )
+
+
+def test_a_device_that_has_too_little_memory_again_ends_the_job_with_the_remedy():
+    job = training_job()
+    what = "OutOfMemoryError at train.py:3 in step"
+    play(job, raised(1, what=what, fault=Fault.DEVICE_MEMORY))
+    (stop,) = play(job, raised(1, what=what, fault=Fault.DEVICE_MEMORY, worker="2", epoch=1))
+    assert isinstance(stop, Stop)
+    assert "the device has not enough memory in step 7, again after a retry" in stop.reason
+    assert "use a smaller micro batch or recompute more" in stop.reason
+
+
+def test_a_device_that_fails_again_at_the_same_line_is_no_bug_of_the_script():
+    job = training_job()
+    what = "AcceleratorError at train.py:3 in step"
+    play(job, raised(1, what=what, fault=Fault.DEVICE_ERROR))
+    again = play(job, raised(1, what=what, fault=Fault.DEVICE_ERROR, worker="2", epoch=1))
+    assert "same exception" not in str(again)
 
 
 def test_another_exception_or_step_or_rank_is_another_story():

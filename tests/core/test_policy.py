@@ -61,6 +61,10 @@ def test_every_fault_has_rules_and_the_last_of_them_always_applies(fault):
         pytest.param(Fault.DEADLINE, History(is_executing=True, missed=4), Action.FALL_BACK, id="too-many-deadlines"),
         pytest.param(Fault.NODE_LOST, History(), Action.REPLACE_NODE, id="a-node"),
         pytest.param(Fault.NODE_LOST, History(has_room=False), Action.STOP, id="a-node-and-no-other"),
+        pytest.param(Fault.DEVICE_LOST, History(), Action.REPLACE_NODE, id="a-device-off-the-bus"),
+        pytest.param(Fault.COMMUNICATOR_ERROR, History(), Action.RETRY, id="a-connection-reset"),
+        pytest.param(Fault.COMMUNICATOR_ERROR, History(again=True), Action.FALL_BACK, id="a-connection-reset-again"),
+        pytest.param(Fault.DEVICE_MEMORY, History(again=True), Action.STOP, id="too-little-memory-again"),
         pytest.param(Fault.BAD_NUMBERS, History(), Action.RETRY, id="bad-numbers"),
         pytest.param(Fault.BAD_NUMBERS, History(again=True), Action.STOP, id="bad-numbers-of-the-data"),
         pytest.param(

@@ -105,13 +105,13 @@ class Running:
     def pids(self) -> dict[int, int]:
         """The newest process of each rank, by what the journal says."""
         found: dict[int, int] = {}
-        for line in self._journal("WorkerStarted"):
+        for line in self.journal("WorkerStarted"):
             found[int(line.body["rank"])] = int(line.body["pid"])
         return found
 
     def all_pids(self) -> list[int]:
         """Of every process so far, in the order in which they were started."""
-        return [int(line.body["pid"]) for line in self._journal("WorkerStarted")]
+        return [int(line.body["pid"]) for line in self.journal("WorkerStarted")]
 
     def steps_done(self) -> int:
         path = self.log_dir / "steps.jsonl"
@@ -119,22 +119,22 @@ class Running:
 
     def resumed_at(self) -> int:
         """The newest step that a recovery went on from; -1 before the first."""
-        return max((int(line.body["resume_step"]) for line in self._journal("Resume")), default=-1)
+        return max((int(line.body["resume_step"]) for line in self.journal("Resume")), default=-1)
 
     def count(self, name: str) -> int:
-        return len(self._journal(name))
+        return len(self.journal(name))
 
-    def _journal(self, name: str) -> list[Line]:
+    def journal(self, name: str) -> list[Line]:
         path = self.log_dir / "journal.jsonl"
         return [line for line in read_journal(path) if line.name == name] if path.exists() else []
 
 
 @contextmanager
-def started(job: Job, log_dir: Path) -> Iterator[Running]:
+def started(job: Job, log_dir: Path, prefix: tuple[str, ...] = ()) -> Iterator[Running]:
     """The job, in a session of its own; whatever is left of it at the end is ended, and that is a failure."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **job.environment}
     process = subprocess.Popen(
-        job.command(log_dir),
+        [*prefix, *job.command(log_dir)],
         cwd=ROOT,
         env=environment,
         text=True,

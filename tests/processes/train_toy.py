@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import signal
 import subprocess
@@ -14,8 +15,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.runtime import session as runtime_session
+from megatron_flashrecovery.runtime.broken_device import break_device
 from megatron_flashrecovery.runtime.framework import StepRecord
 from megatron_flashrecovery.runtime.session import Session
+from megatron_flashrecovery.testing.cpu_device import device_error
 from megatron_flashrecovery.testing.toy import Toy, ToyShape
 
 
@@ -31,6 +35,10 @@ def main() -> None:
     parser.add_argument("--leave-at", type=int, default=-1, help="exit with 0 before this step")
     parser.add_argument("--only-rank", type=int, help="and only this rank")
     parser.add_argument("--raise-at", type=int, default=-1, help="an exception in this step, again and again")
+    parser.add_argument("--raise-code", type=int, help="and that of a device, by this number of cudaError_t")
+    parser.add_argument("--break-device", choices=("illegal access", "assert", "memory"), help="of a real device")
+    parser.add_argument("--raise-in-plan", type=int, help="the same on this rank while it carries out a plan")
+    parser.add_argument("--pretend-devices", action="store_true", help="each rank has one, at 0000:f0:0RANK of the bus")
     parser.add_argument("--mismatch-at", type=int, default=-1, help="it waits in this step for who never comes")
     parser.add_argument("--nap-at", type=int, default=-1, help="something long in this step, before any operation")
     parser.add_argument("--nap", type=float, default=8.0, help="how long, in seconds")
@@ -52,6 +60,8 @@ def main() -> None:
     if args.on_sigterm:
         signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
     session = Session.from_environment()
+    if args.pretend_devices:
+        runtime_session.place_of = lambda _device: f"0000:f0:{session.rank:02x}"
     session.install_groups()
     dist.init_process_group("gloo")
     toy = Toy(ToyShape(numel=args.numel, sharded=not args.replicated))
@@ -61,6 +71,8 @@ def main() -> None:
     if session.is_joining:
         time.sleep(args.join_delay)
     session.attach(toy)
+    if session.rank == args.raise_in_plan:
+        toy.discard_partial_step = lambda: fail_once(args.raise_code, args.once)  # type: ignore[method-assign]
     if args.child:
         subprocess.Popen(["sleep", "60"])
     was_joining = session.is_joining
@@ -75,8 +87,13 @@ def main() -> None:
         if step == 0:
             time.sleep(args.slow_first)
         if args.only_rank in (None, session.rank):
-            if step == args.raise_at:
-                raise ValueError("the batch is empty")
+            if step == args.raise_at and (args.once is None or _is_first(args.once)):
+                if args.break_device is not None:
+                    break_real_device(args.break_device)
+                if args.raise_code is None:
+                    raise ValueError("the batch is empty")
+                atexit.register(time.sleep, 300 if args.once else 0)  # it waits for a device that answers no more
+                raise device_error(args.raise_code)
             if step == args.nap_at and (args.once is None or _is_first(args.once)):
                 time.sleep(args.nap)
             if step == args.mismatch_at and (args.once is None or _is_first(args.once)):
@@ -154,6 +171,21 @@ def all_agree(leave: bool) -> bool:
     least = torch.tensor(int(leave))
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return bool(least)
+
+
+def break_real_device(error: str) -> None:
+    """As a script would that has such a bug, or a device too small for it."""
+    if error == "memory":
+        torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+    elif error == "assert":
+        torch.zeros(1, device="cuda")[torch.tensor([1000], device="cuda")].sum().item()
+    else:
+        break_device()
+
+
+def fail_once(code: int, once: Path) -> None:
+    if _is_first(once):
+        raise device_error(code)
 
 
 def _is_first(path: Path | None) -> bool:

@@ -16,6 +16,7 @@ from megatron_flashrecovery.core.messages import ExecutePlan, Match, Spot, Stand
 from megatron_flashrecovery.core.shares import Share, Source
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.parking_lot import AnswerMismatch, NoRecovery, ParkingLot, Stand
+from megatron_flashrecovery.testing.cpu_device import device_error
 
 T = TypeVar("T")
 SPOT = Spot(GroupKey("data[0,1]#0"), "allreduce", 1)
@@ -28,7 +29,11 @@ class Lot(ParkingLot):
     def __init__(self, order_timeout: float = 5.0, pulse: Pulse | None = None) -> None:
         self.stood = threading.Semaphore(0)
         self.matched: list[Match] = []
-        super().__init__(order_timeout, self.stood.release, self.matched.extend, pulse)
+        self.failures: list[str] = []
+        super().__init__(order_timeout, self.stood.release, self.matched.extend, pulse, on_failure=self._note)
+
+    def _note(self, spot: Spot, error: Exception) -> None:
+        self.failures.append(f"{spot.operation}: {error}")
 
 
 def in_background(call: Callable[[], T]) -> Future[T]:
@@ -193,6 +198,24 @@ def test_a_failure_waits_for_the_order_to_stop() -> None:
 def test_a_failure_that_nobody_else_saw_is_raised_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="wrong shape"):
         Lot(order_timeout=0.01).failed(SPOT, RuntimeError("wrong shape"))
+
+
+def test_a_failure_is_told_unless_the_order_to_stop_explains_it() -> None:
+    lot = Lot()
+    in_background(lambda: lot.failed(SPOT, RuntimeError("connection reset")))
+    lot.stop()
+    assert lot.stood.acquire(timeout=5)
+    assert lot.failures == ["allreduce: connection reset"]
+    in_background(lambda: lot.failed(SPOT, RuntimeError("severed")))
+    assert lot.stood.acquire(timeout=5)
+    assert len(lot.failures) == 1
+
+
+def test_a_device_that_fails_while_the_job_stops_ends_its_process() -> None:
+    lot = Lot()
+    lot.stop()
+    with pytest.raises(RuntimeError, match="illegal memory access"), lot.discarding(lambda: True):
+        raise device_error(700)
 
 
 def test_while_a_plan_is_carried_out_operations_go_ahead() -> None:

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 from megatron_flashrecovery.core import policy
 from megatron_flashrecovery.core.hangs import few
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import NodeLost, RanksHung, StepsTimed
+from megatron_flashrecovery.core.messages import NodeLost, OperationsFailed, RanksHung, StepsTimed
 from megatron_flashrecovery.core.phases import Draining, Training
 from tests.simulation.settings import Fault
 
 if TYPE_CHECKING:
+    from tests.simulation.fabric import Handle
+    from tests.simulation.main_thread import MainThread
     from tests.simulation.worker import Worker
     from tests.simulation.world import World
+
+
+RESET = "connection reset"
 
 
 class BadLuck:
@@ -24,6 +29,8 @@ class BadLuck:
         self.has_corrupted = False
         self.spares = world.settings.spares
         self.spare_at: float | None = None
+        self.cut: set[Rank] = set()
+        """Whose connections went while everybody lived."""
         self.paused: list[tuple[int, Worker]] = []
         self.looks_at: int | None = None
         self.seen: object = None
@@ -168,6 +175,40 @@ class BadLuck:
                 self._lose_node(victims[0])
             case "alarm":
                 self._tell_who_waits(frozenset())
+            case "cut":
+                self._cut(victims[0])
+
+    def _cut(self, victim: Worker) -> None:
+        """A connection goes: one after the other, the members of its communicator find that out, and sever it."""
+        keys = [key for key, end in sorted(victim.ends.items()) if end.broken is None and len(end.comm.members) > 1]
+        if not keys or victim.is_hung:
+            return
+        key = keys[self.world.pick(len(keys))]
+        comm = victim.ends[key].comm
+        self.cut.update(comm.members)
+
+        def lose(rank: Rank) -> None:
+            worker = self.world.worker_on(rank)
+            if worker is None or key not in worker.ends or worker.ends[key].comm is not comm:
+                return
+            has_aborted = worker.has_abort_begun or bool(worker.ends[key].open)
+            worker.cut(key, RESET)
+            worker.has_abort_begun = has_aborted  # what was not under way is found out by the next operation
+            if has_aborted:
+                self._tell_what_failed(worker, f"an operation of {key} failed: {RESET}")
+
+        for rank in comm.members:
+            self.world.push(lambda rank=rank: lose(rank))  # type: ignore[misc]
+
+    def on_operation_failed(self, worker: MainThread, handle: Handle) -> None:
+        """It says so; left out where no connection was cut, for there a loss explains it sooner or later."""
+        if self.cut:
+            self._tell_what_failed(worker, f"{handle.operation} failed: {handle.failed}")
+
+    def _tell_what_failed(self, worker: MainThread, what: str) -> None:
+        if not worker.is_stopping:
+            epoch = worker.member.epoch
+            self.world.tell(OperationsFailed(worker.agent.node, epoch, {worker.rank: what}, Step(worker.step)))
 
     def _corrupt(self, victim: Worker) -> None:
         """The mirror of a rank rots at its host, sometimes its own copies as well, and then the rank is needed."""

@@ -235,6 +235,7 @@ class MainThread:
             self.wake(mix(self.world.pick(1 << 30), 13))
         else:
             self.stand("caught")
+            self.world.luck.on_operation_failed(self, handle)
 
     def end_matching(self) -> None:
         """Counterparts that are done or have failed let it stand again where it stood."""
@@ -245,6 +246,9 @@ class MainThread:
     def _returns_garbage(self) -> bool:
         """Aborted is not completed: on a device the operation ends with wrong data, except where the host waits."""
         if not self.world.settings.returns_garbage or self.member.mode is Mode.EXECUTING:
+            return False
+        if self.world.luck.cut and not self.is_stopping:
+            # Whoever lost a partner cannot pass the gate. Where all live, only who stands still may abort anything.
             return False
         return not (isinstance(self.ask, Collective) and self.ask.is_told) or "abort check" in self.world.off
 

@@ -176,7 +176,7 @@ class Monitor:
         """A state is gone only if whoever had it was lost together with whoever kept a copy."""
         model, host_of = self.world.settings.model, self.world.settings.host_of
         # Between two writes of one update nobody has a state, if the reduction there needed the lost rank.
-        is_beyond_help = len(lost) > 1 or model.chained
+        is_beyond_help = len(lost | self.world.luck.cut) > 1 or model.chained
         is_true = any(host_of[rank] in lost for rank in lost) if model.sharded else is_beyond_help
         if not is_true and not self.world.luck.has_corrupted:
             self.blame(f"gave up although only {sorted(lost)} were lost: {reason}")
@@ -189,6 +189,8 @@ class Monitor:
         elif reason.startswith("no node has room"):
             if not job.seats.homeless:
                 self.blame(f"halted although every seat has a node: {reason}")
+        elif reason.startswith("communication failed") and self.world.luck.cut:
+            return
         elif not any(each in reason for each in _GOOD_REASONS):
             self.blame(f"halted for no good reason: {reason}")
         if "was suspected" in reason:

@@ -13,6 +13,7 @@ LAYOUTS = [(2, 2, 2), (1, 2, 4), (2, 1, 4), (1, 4, 2), (2, 2, 3), (2, 4, 2), (1,
 _ALARMS = 0.15
 _WATCHES = 0.25
 _POISONS = 0.2
+_CUTS = 0.2
 PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
 
 
@@ -153,6 +154,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
             *(_draw_fault(rng, nodes) for _ in range(rng.choice([0, 1, 1, 1, 2, 2, 3, 4]))),
             *_draw_alarm(seed, off),
             *_draw_poison(seed, off),
+            *_draw_cut(seed, off),
         ),
         spares=rng.choice([0, 1, 1, 2]),
         spare_delay=rng.choice([0.0, 0.5, 5.0]),
@@ -189,6 +191,17 @@ def _draw_poison(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
     return tuple(
         Fault(rng.choice(when), rng.random(), rng.choice([0, 3, 30]), rng.choice(victims), "poison")
         for _ in range(rng.choice([1, 1, 2, 3]))
+    )
+
+
+def _draw_cut(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
+    """Sometimes a connection goes while everybody lives. Drawn apart, too."""
+    rng = Random(f"cut {seed}")
+    if off or rng.random() > _CUTS:
+        return ()
+    when = rng.choice(["turn"] * 4 + ["Draining", "Staffing", "Executing", "Training", "WRITING", "Starting"])
+    return tuple(
+        Fault(when, rng.random(), rng.choice([0, 3, 30, 100]), "one", "cut") for _ in range(rng.choice([1, 1, 2]))
     )
 
 

@@ -16,6 +16,7 @@ from megatron_flashrecovery.core.member import (
     StandStill,
 )
 from megatron_flashrecovery.core.messages import Match, PlanExecuted, RanksReady, Report, Spot, Standing, Update
+from tests.simulation.bad_luck import RESET
 from tests.simulation.execution import Connect, News, execute
 from tests.simulation.fabric import Communicator
 from tests.simulation.main_thread import MainThread
@@ -45,7 +46,7 @@ class Worker(MainThread):
                 self.program = execute(self, resume_step, regather, share)
                 self.wake()
             case GoOn():
-                self.has_abort_begun = any(end.broken for end in self.ends.values())
+                self.has_abort_begun = any(end.broken not in (None, RESET) for end in self.ends.values())
                 self.program = self.train()
                 self.wake()
             case Leave():

@@ -1,0 +1,102 @@
+"""What an agent makes of what the driver says of devices: whoever computes on one that has failed is ended, and lost.
+
+Nothing here waits: the kernel's log is read as far as it is written, and NVML is asked by a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from megatron_flashrecovery.core.devices import Incidents, device_of, place_on_bus, xid_in
+from megatron_flashrecovery.core.ids import NodeId, Rank, WorkerId
+from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.detect.device_probe import DeviceProbe
+from megatron_flashrecovery.detect.kernel_log import KernelLog
+from megatron_flashrecovery.runtime.farewell import Sender
+from megatron_flashrecovery.runtime.node_messages import DeviceNoted
+from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded
+
+_EVERY = 0.1
+_REAPED_WITHIN = 0.4
+"""Seconds: a process whose device is gone may hang in the driver for minutes, killed as it is."""
+
+
+class DeviceWatch:
+    """``ranks`` are those of this node, in order."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        ranks: Iterable[Rank],
+        control: Sender,
+        log: KernelLog | None = None,
+        probe: DeviceProbe | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._node = node
+        self._ranks = tuple(ranks)
+        self._control = control
+        self._log = log or KernelLog()
+        self._probe = probe or DeviceProbe()
+        self._clock = clock
+        self._visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self._said: dict[Rank, str] = {}
+        self._incidents = Incidents()
+        self._fault_of: dict[WorkerId, Fault] = {}
+        self._doomed: dict[WorkerId, tuple[Worker, float]] = {}
+        self._next_look = clock()
+
+    def note_device(self, rank: Rank, device: str) -> None:
+        """A worker has said on which it computes, by place or UUID; on none, if it is empty."""
+        if device:
+            self._said[rank] = device
+
+    def look(self, seated: Sequence[Worker], ended: Sequence[Worker]) -> list[tuple[Worker, str]]:
+        """Who is to be ended, and for what. Those that have just ended by themselves, perhaps of what the log has by
+        now, are among them."""
+        now = self._clock()
+        if now < self._next_look and not ended:
+            return []
+        self._next_look = now + _EVERY
+        troubles = [trouble for line in self._log.lines() if (trouble := xid_in(line)) is not None]
+        found: list[tuple[Worker, str]] = []
+        for trouble in (*troubles, *self._probe.look()):
+            if self._incidents.is_news(trouble, now):
+                ranks = self._ranks_on(trouble.device)
+                self._control.send(DeviceNoted.of(self._node, trouble, ranks))
+                if trouble.fault is not None:
+                    on_it = [worker for worker in (*seated, *ended) if worker.rank in ranks]
+                    self._fault_of.update({worker.id: trouble.fault for worker in on_it})
+                    self._doomed.update({worker.id: (worker, now + _REAPED_WITHIN) for worker in on_it})
+                    found += [(worker, trouble.evidence) for worker in on_it]
+        return found
+
+    def fault_of(self, worker: WorkerId, otherwise: Fault) -> Fault:
+        """Of one that has ended."""
+        self._doomed.pop(worker, None)
+        return self._fault_of.pop(worker, otherwise)
+
+    def stuck(self) -> list[WorkerEnded]:
+        """Those that were ended for their device and have not ended: as good as gone, for the driver holds them."""
+        now = self._clock()
+        return [WorkerEnded(worker, signal.SIGKILL) for worker, due in self._doomed.values() if now >= due]
+
+    def forget_all_but(self, workers: Collection[WorkerId]) -> None:
+        self._fault_of = {worker: fault for worker, fault in self._fault_of.items() if worker in workers}
+        self._doomed = {worker: doomed for worker, doomed in self._doomed.items() if worker in workers}
+
+    def close(self) -> None:
+        self._log.close()
+        self._probe.close()
+
+    def _ranks_on(self, device: str) -> tuple[Rank, ...]:
+        return tuple(rank for local, rank in enumerate(self._ranks) if self._device_of(local, rank) == device)
+
+    def _device_of(self, local: int, rank: Rank) -> str | None:
+        said = self._said.get(rank)
+        if said is not None and ":" in said:
+            return place_on_bus(said)
+        return device_of(local, self._visible if said is None else said, self._probe.devices)

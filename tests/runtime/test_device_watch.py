@@ -1,0 +1,138 @@
+"""Who is ended for what the driver says of a device, and as what they count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_flashrecovery.core.devices import Trouble
+from megatron_flashrecovery.core.ids import NodeId, Rank
+from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.runtime.device_watch import DeviceWatch
+
+NODE = NodeId("node1")
+XID_48 = "NVRM: Xid (PCI:0000:3b:00): 48, pid=7, DBE"
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Control(list):
+    send = list.append
+
+
+class Log:
+    """The kernel's."""
+
+    def __init__(self) -> None:
+        self.new: list[str] = []
+
+    def lines(self) -> list[str]:
+        found, self.new = self.new, []
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+class Probe(Log):
+    devices: dict[str, str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices = {"GPU-1": "0000:3b:00", "GPU-2": "0000:5e:00"}
+        self.troubles: list[Trouble] = []
+
+    def look(self) -> Iterable[Trouble]:
+        found, self.troubles = self.troubles, []
+        return found
+
+
+class Node:
+    """Two ranks, 4 and 5, on two devices."""
+
+    def __init__(self) -> None:
+        self.clock, self.control, self.log, self.probe = Clock(), Control(), Log(), Probe()
+        ranks = (Rank(4), Rank(5))
+        self.watch = DeviceWatch(NODE, ranks, self.control, self.log, self.probe, self.clock)  # type: ignore[arg-type]
+        self.workers = [worker(4, 1), worker(5, 1)]
+
+    def look(self, ended=()):
+        self.clock.now += 0.2
+        return self.watch.look([each for each in self.workers if each not in ended], list(ended))
+
+
+def worker(rank, life):
+    return SimpleNamespace(rank=Rank(rank), id=f"{rank}.{life}")
+
+
+@pytest.fixture
+def node(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return Node()
+
+
+def test_whoever_computes_on_a_device_that_fails_is_ended_with_the_evidence(node):
+    node.log.new = [XID_48]
+    ((doomed, evidence),) = node.look()
+    assert doomed is node.workers[0]
+    assert "Xid 48 of device 0000:3b:00, double-bit memory error" in evidence
+    (note,) = node.control
+    assert (note.device, note.ranks, note.fault) == ("0000:3b:00", (4,), "uncorrectable memory error")
+    assert node.watch.fault_of("4.1", Fault.PROCESS_ENDED) is Fault.DEVICE_POISONED
+    assert node.watch.fault_of("4.1", Fault.PROCESS_ENDED) is Fault.PROCESS_ENDED
+
+
+def test_what_a_worker_says_of_its_device_counts_more_than_its_number(node):
+    node.watch.note_device(Rank(4), "0000:5e:00")
+    node.watch.note_device(Rank(5), "GPU-1")
+    node.log.new = [XID_48]
+    ((doomed, _),) = node.look()
+    assert doomed.rank == 5
+
+
+def test_a_note_ends_nobody(node):
+    node.probe.troubles = [Trouble("0000:3b:00", None, "it is hot")]
+    assert node.look() == []
+    assert [note.evidence for note in node.control] == ["it is hot"]
+
+
+def test_the_replacement_is_left_alone_when_nvml_tells_the_same_again(node):
+    node.log.new = [XID_48]
+    assert node.look()
+    node.workers[0] = worker(4, 2)
+    node.probe.troubles = [Trouble("0000:3b:00", Fault.DEVICE_POISONED, "double-bit memory error")]
+    assert node.look() == []
+
+
+def test_one_that_has_just_died_is_judged_by_what_the_log_has_by_now(node):
+    node.look()
+    node.log.new = [XID_48]
+    ((doomed, _),) = node.watch.look([node.workers[1]], [node.workers[0]])
+    assert doomed is node.workers[0]
+    assert node.watch.fault_of("4.1", Fault.EXCEPTION) is Fault.DEVICE_POISONED
+
+
+def test_one_that_the_driver_does_not_let_go_counts_as_gone_after_a_moment(node):
+    node.log.new = [XID_48]
+    node.look()
+    assert node.watch.stuck() == []
+    node.clock.now += 0.5
+    (end,) = node.watch.stuck()
+    assert end.worker is node.workers[0]
+    assert node.watch.fault_of("4.1", Fault.PROCESS_ENDED) is Fault.DEVICE_POISONED
+    assert node.watch.stuck() == []
+
+
+def test_one_whose_end_was_no_loss_is_forgotten(node):
+    node.log.new = [XID_48]
+    node.look()
+    node.watch.forget_all_but({"5.1"})
+    node.clock.now += 0.5
+    assert node.watch.stuck() == []

@@ -28,6 +28,7 @@ _SLOTS_AT = (64, 576)
 """Stores go to these two in turns: by the parity of their number."""
 _PLACE = struct.Struct("<Qdd192sQ")
 """Number, since, longest, operation, number again."""
+_store_place = _PLACE.pack_into
 _ACTIVITY = struct.Struct("<qQ?96sQddq")
 """Step, seen, timed before, activity; steps that were timed, seconds computed and waited in them, the last of them."""
 _ACTIVITY_AT = _PLACE.size
@@ -48,16 +49,25 @@ def make_page() -> int:
     return page
 
 
-class _Kind:
-    """What is known of an activity: of computing and of waiting (in this order) the longest stretch, and the seconds
-    since it last began; how often it ended, and whether it did so often enough before the last recovery."""
+class _Stretches:
+    """The longest so far, and the sum since the activity last began."""
 
-    __slots__ = ("ended", "longest", "spelled", "spent", "was_timed")
+    __slots__ = ("longest", "spent")
+
+    def __init__(self) -> None:
+        self.longest = self.spent = 0.0
+
+
+class _Kind:
+    """What is known of an activity: how long it computes and waits, how often it ended, and whether it did so often
+    enough before the last recovery."""
+
+    __slots__ = ("computing", "ended", "spelled", "waiting", "was_timed")
 
     def __init__(self, activity: str) -> None:
         self.spelled = activity.encode()[:96]
-        self.longest = [0.0, 0.0]
-        self.spent = [0.0, 0.0]
+        self.computing = _Stretches()
+        self.waiting = _Stretches()
         self.ended = 0
         self.was_timed = False
 
@@ -78,6 +88,7 @@ class Pulse:
         self._outermost: tuple[str, int] | None = None
         self._kinds: dict[str, _Kind] = {}
         self._kind = self._kind_of("")
+        self._stretches = self._kind.computing
         self._where = b""
         self._since = clock()
         self._stale = 0
@@ -137,7 +148,7 @@ class Pulse:
         self._turn_to(activity, int(step))
         kind = self._kind
         if is_outermost:
-            kind.spent = [0.0, 0.0]
+            kind.computing.spent = kind.waiting.spent = 0.0
             self._is_undisturbed = not self._is_held
         try:
             yield
@@ -153,8 +164,8 @@ class Pulse:
             self._outermost = None
             if activity == STEP and self._is_undisturbed:
                 self._steps += 1
-                self._computed += kind.spent[0]
-                self._waited += kind.spent[1]
+                self._computed += kind.computing.spent
+                self._waited += kind.waiting.spent
                 self._timed_upto = int(step)
         # What follows a step is behind that step, not behind the one before the loop.
         self._turn_to(before[0], int(step) if before[0] == BETWEEN else before[1])
@@ -218,19 +229,20 @@ class Pulse:
 
     def _turn(self, where: bytes) -> None:
         now = self._clock()
-        kind = self._kind
-        is_waiting = 1 if self._where else 0
+        kind, ended = self._kind, self._stretches
         stretch = now - self._since
-        kind.spent[is_waiting] += stretch
-        if stretch > kind.longest[is_waiting] and not self._is_held:
-            kind.longest[is_waiting] = stretch
-        self._where, self._since = where, now
+        ended.spent += stretch
+        if stretch > ended.longest and not self._is_held:
+            ended.longest = stretch
+        self._stretches = begun = kind.waiting if where else kind.computing
+        self._where = where
+        self._since = now
         self._number = number = self._number + 1
         slot = _SLOTS_AT[number & 1]
         if self._stale:
             self._stale -= 1
             self._write_activity(slot + _ACTIVITY_AT, kind)
-        _PLACE.pack_into(self._memory, slot, number, now, kind.longest[1 if where else 0], where, number)
+        _store_place(self._memory, slot, number, now, begun.longest, where, number)
         self._head[0] = number
 
     def _write_activity(self, at: int, kind: _Kind) -> None:

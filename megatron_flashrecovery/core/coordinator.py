@@ -6,6 +6,8 @@
 | Starting | loss | Starting | RestartAll, or Stop after too many |
 | Training | loss | Draining, epoch + 1 | Park, StartWorkers |
 | Training | a few ranks hang | Draining, epoch + 1 | Fence, Park, StartWorkers |
+| Training | numbers are not finite | Draining, epoch + 1 | Park; or Stop, or RestartAll, when they are so again |
+| Training | peers hold different parameters | Starting or Halted | RestartAll from a checkpoint, or Stop |
 | Training | all wait for each other | Draining, epoch + 1, or Halted the second time | Park, or Stop |
 | Draining | last report of a round | Draining | Drain, until nobody is in anybody's way |
 | Draining | settled | Staffing | |
@@ -33,8 +35,11 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from megatron_flashrecovery.core.answers import known_results
+from megatron_flashrecovery.core.bad_numbers import check_numbers, end_of_step, note_numbers, note_sound
+from megatron_flashrecovery.core.corruption import check_differences, note_difference
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, Wait, decide_drain
 from megatron_flashrecovery.core.errors import ImpossibleTransition
+from megatron_flashrecovery.core.findings import NumbersBad, NumbersSound, PeersDiffered
 from megatron_flashrecovery.core.hangs import check_hangs, note_hangs
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.job import Job, JobConfig
@@ -111,6 +116,12 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
             return _and_go_on(job, give_up_rank(job, event, now), now)
         case RanksHung():
             return note_hangs(job, event, now)
+        case NumbersBad():
+            return _and_go_on(job, note_numbers(job, event, now), now)
+        case NumbersSound():
+            return note_sound(job, event)
+        case PeersDiffered():
+            return note_difference(job, event, now)
         case RanksFinished(ranks=ranks):
             return _record_finished(job, event, ranks)
         case _:
@@ -291,8 +302,9 @@ def _plan(job: Job, phase: Staffing, now: float) -> list[Command]:
         return fall_back(job, str(plan), now)
     job.phase = Executing(plan, deadline=now + job.config.execute_timeout)
     number = job.next_number()
+    orders = job.numbers.to_skip(plan.resume_step), job.numbers.to_examine(plan.resume_step)
     return [
-        ExecutePlan(node, job.epoch, number, plan.resume_step, plan.regather, shares)
+        ExecutePlan(node, job.epoch, number, plan.resume_step, plan.regather, shares, *orders)
         for node, shares in plan.shares_of.items()
     ]
 
@@ -302,6 +314,8 @@ def _resume(job: Job, phase: Executing, now: float) -> list[Command]:
     step = phase.plan.resume_step
     job.recoveries.append(job.timeline.close(phase.plan, now))
     job.note_resume(step)
+    for done in [each for each in job.numbers.times if each <= step]:
+        end_of_step(job, done)
     job.rounds = 0
     job.begin_anew()
     job.phase = Training()
@@ -329,7 +343,8 @@ def _check_deadlines(job: Job, now: float) -> list[Command]:
                 return _check_drain(job, phase, now)
             return []
         case Training():
-            return _and_go_on(job, check_hangs(job, now), now)
+            checks = (check_numbers, check_differences, check_hangs)
+            return _and_go_on(job, next(filter(None, (check(job, now) for check in checks)), []), now)
         case _:
             return []
 

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.findings import PeersDiffered
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import Event, Loss, RanksHung
+from megatron_flashrecovery.core.numbers import Numbers
 from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Origin
 from megatron_flashrecovery.core.recovery import Recovery, Timeline
@@ -103,6 +105,7 @@ class Job:
         """The exceptions of the script that ended workers."""
         self.deadlocks: set[Step] = set()
         """The steps in which everybody waited for everybody."""
+        self.numbers = Numbers()
         self.base = Epoch(0)
         self.staffed: dict[Rank, Epoch] = {}
         """The epoch that the worker of a seat was started for, if it is later than ``base``."""
@@ -119,6 +122,10 @@ class Job:
         """Everybody trains again, or starts from the top: what was known of the recovery is of no more use."""
         self.timeline: Timeline | None = None
         self.hangs = Hangs()
+        self.numbers.alarm = None
+        self.differing: dict[tuple[Rank, Rank], PeersDiffered] = {}
+        self.differing_since = 0.0
+        """When the first of these peers said that they hold different parameters."""
         self.lost: set[Rank] = set()
         """Seats vacated since everybody last trained."""
         self.vault: dict[Rank, tuple[Step, ...]] = {}
@@ -184,6 +191,8 @@ class Job:
             case Executing(deadline=deadline):
                 return deadline
             case Training():
-                return None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
+                alarm, differing = self.numbers.alarm, self.differing_since if self.differing else None
+                since = (self.hangs.since, alarm.since if alarm else None, differing)
+                return min((moment + SETTLED_AFTER for moment in since if moment is not None), default=None)
             case _:
                 return None

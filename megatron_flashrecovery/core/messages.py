@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
+from megatron_flashrecovery.core.findings import NumbersBad, NumbersSound, PeersDiffered
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.shares import Share
 
@@ -269,6 +270,9 @@ class ClockTicked:
 Event: TypeAlias = (
     WorkersLost
     | RanksHung
+    | NumbersBad
+    | NumbersSound
+    | PeersDiffered
     | NodeLost
     | NodeJoined
     | SeatsDescribed
@@ -299,11 +303,12 @@ class StartWorkers:
 class RestartAll:
     """End every worker, forget every snapshot, and start all workers from the top, as ``epoch``; with the framework's
     own newest checkpoint, or as at the first start. To every node, and once more when seats move to a node that may not
-    have heard it: an agent obeys it once for each epoch."""
+    have heard it: an agent obeys it once for each epoch. ``skip``: see ``ExecutePlan``."""
 
     epoch: Epoch
     reason: str
     from_checkpoint: bool
+    skip: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -334,7 +339,7 @@ class Drain:
 @dataclass(frozen=True)
 class ExecutePlan:
     """Go to ``resume_step``, each rank of this node by its share. ``regather``: parameters are gathered again from the
-    shards (sharded optimizers)."""
+    shards (sharded optimizers). The update of steps in ``skip`` is left out; ``examine`` is to be looked at closely."""
 
     node: NodeId
     epoch: Epoch
@@ -342,6 +347,8 @@ class ExecutePlan:
     resume_step: Step
     regather: bool
     shares: tuple[Share, ...]
+    skip: tuple[Step, ...] = ()
+    examine: Step | None = None
 
 
 @dataclass(frozen=True)

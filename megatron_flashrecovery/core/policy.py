@@ -60,13 +60,15 @@ class NanChoice(Enum):
 class History:
     """What happened before. ``again``: the same fault, in the same step, on the same rank (of a job's faults: in the
     job), after a retry. ``setbacks``: how often this seat was lost without progress, this time included.
-    ``suspicions``: how often this device was suspected, this time included."""
+    ``suspicions``: how often this device was suspected, this time included. ``fell_back``: the job went back to a
+    checkpoint for this before."""
 
     again: bool = False
     setbacks: int = 0
     suspicions: int = 0
     max_setbacks: int = 3
     nan: NanChoice = NanChoice.STOP
+    fell_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ POLICY: Sequence[Rule] = (
         Action.STOP,
         lambda history: history.again and history.nan is NanChoice.STOP,
     ),
+    Rule(Fault.BAD_NUMBERS, "again behind the newest checkpoint", Action.STOP, lambda history: history.fell_back),
     Rule(
         Fault.BAD_NUMBERS,
         "too often in the same step",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_flashrecovery.core.findings import Finding, NumbersBad, NumbersSound, PeersDiffered
 from megatron_flashrecovery.core.hangs import few
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.messages import NodeLost, RanksHung
 from megatron_flashrecovery.core.phases import Training
+from megatron_flashrecovery.core.policy import NanChoice
 from tests.simulation.settings import Fault
 
 if TYPE_CHECKING:
@@ -128,6 +130,27 @@ class BadLuck:
                 self._lose_node(victims[0])
             case "alarm":
                 self._tell_who_waits(frozenset())
+            case "numbers":
+                self._tell_of_numbers(victims)
+            case "differ":
+                self._tell_who_differs(victims[0])
+
+    def _tell_of_numbers(self, victims: list[Worker]) -> None:
+        """These say that their numbers are bad, and one that they were not; nobody waits for what comes of it."""
+        job = self.world.job
+        for victim in victims:
+            node, step = victim.agent.node, Step(victim.step + 1)
+            own, found = {victim.rank: "gradient"}, {victim.rank: Finding(1, "a module", "output")}
+            told = NumbersBad(node, job.epoch, step, (victim.rank,), "bad", own, found, NanChoice.SKIP)
+            self.world.tell(told)
+            self.world.tell(NumbersSound(node, job.epoch, Step(victim.step)))
+
+    def _tell_who_differs(self, victim: Worker) -> None:
+        host = self.world.settings.host_of[victim.rank]
+        told = PeersDiffered(
+            victim.agent.node, self.world.job.epoch, Step(victim.step), host, victim.rank, victim.model.dp, "part 1"
+        )
+        self.world.tell(told)
 
     def _corrupt(self, victim: Worker) -> None:
         """The mirror of a rank rots at its host, sometimes its own copies as well, and then the rank is needed."""

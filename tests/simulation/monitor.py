@@ -181,6 +181,8 @@ class Monitor:
         elif reason.startswith("no node has room"):
             if not job.seats.homeless:
                 self.blame(f"halted although every seat has a node: {reason}")
+        elif "hold different parameters" in reason:
+            pass  # nobody can say since when: a state that may be wrong is no state
         elif "times without progress" not in reason and "deadlines missed" not in reason and "restarted" not in reason:
             self.blame(f"halted for no good reason: {reason}")
         if job.checkpoint is not None and job.restarts < job.config.max_restarts and not job.seats.homeless:

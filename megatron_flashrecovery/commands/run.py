@@ -79,8 +79,9 @@ def add_arguments(parser: Arguments) -> None:
 
 
 _FAULT = (
-    "a fault, as in kill:rank=5,step=6,at=backward; kinds: kill, stop, loop, gil, segv, abort, exception, exit; "
-    "at: forward, backward, grad_sync, optimizer, mirror, between"
+    "a fault, as in kill:rank=5,step=6,at=backward; kinds: kill, stop, loop, gil, segv, abort, exception, exit, "
+    "nan, spike, bitflip; "
+    "at: forward, backward, grad_sync, optimizer, mirror, between; times=always: also when the step is computed again"
 )
 _SHUTDOWN = "how long workers have to end by themselves after SIGTERM (30)"
 _DEADLINES = {

@@ -10,11 +10,14 @@ import time
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
+import torch
+
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
-from megatron_flashrecovery.runtime.launch_config import Fault, Injection
+from megatron_flashrecovery.runtime.launch_config import OF_TENSORS, Fault, Injection
 from megatron_flashrecovery.runtime.moment import Moment
+from megatron_flashrecovery.runtime.tensor_faults import damage
 
 
 class Injector:
@@ -30,15 +33,22 @@ class Injector:
                 return order
         return None
 
-    def mark(self, moment: Moment, step: Step) -> None:
-        """``step`` is being computed, or for MIRROR and BETWEEN has just been completed."""
+    def mark(self, moment: Moment, step: Step, tensor: torch.Tensor | None = None) -> None:
+        """``step`` is being computed, or for MIRROR and BETWEEN has just been completed. ``tensor`` is what it computes
+        with at this moment, for faults that are done to one."""
         if self._orders and (order := self.pending(moment, step)) is not None:
-            self.fire(order)
+            if Fault(order.kind) in OF_TENSORS and tensor is None:
+                return
+            self.fire(order, tensor)
 
-    def fire(self, order: InjectionOrder) -> None:
-        self._orders.remove(order)
+    def fire(self, order: InjectionOrder, tensor: torch.Tensor | None = None) -> None:
+        if not order.always:
+            self._orders.remove(order)
         self._channel.send(InjectionFired(order.index, time.time()))
-        inflict(Fault(order.kind))
+        if tensor is not None and Fault(order.kind) in OF_TENSORS:
+            damage(Fault(order.kind), tensor)
+        else:
+            inflict(Fault(order.kind))
 
 
 class InjectedError(RuntimeError):
@@ -66,6 +76,8 @@ def inflict(fault: Fault) -> None:
             raise InjectedError("an exception that --inject asked for")
         case Fault.EXIT:
             sys.exit(1)
+        case Fault.NAN | Fault.SPIKE | Fault.BITFLIP:
+            raise AssertionError(f"{fault} is done to a tensor")
 
 
 def injection_orders(
@@ -74,7 +86,7 @@ def injection_orders(
     """Those of this rank that have not fired. Of several for the same moment a worker does only the first: the next one
     is for its replacement."""
     return tuple(
-        InjectionOrder(index, injection.fault.value, injection.step, injection.at.value)
+        InjectionOrder(index, injection.fault.value, injection.step, injection.at.value, injection.always)
         for index, injection in enumerate(injections)
-        if injection.rank == rank and index not in fired
+        if injection.rank == rank and (injection.always or index not in fired)
     )

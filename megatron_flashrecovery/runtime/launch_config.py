@@ -28,8 +28,16 @@ class Fault(Enum):
     ABORT = "abort"
     EXCEPTION = "exception"
     EXIT = "exit"
+    NAN = "nan"
+    """A value of its own, an activation or a gradient, that is no number."""
+    SPIKE = "spike"
+    """Values of its own that are far too large."""
+    BITFLIP = "bitflip"
+    """One bit of a parameter."""
 
 
+OF_TENSORS = frozenset({Fault.NAN, Fault.SPIKE, Fault.BITFLIP})
+"""What a rank does to a tensor that it computes with, and not to itself."""
 # The field's public fault injectors have names of their own.
 _FAULT_NAMED: Mapping[str, Fault] = {
     **{fault.value: fault for fault in Fault},
@@ -45,12 +53,14 @@ _SPEC_FORM = "kill:rank=5,step=6,at=backward"
 
 @dataclass(frozen=True)
 class Injection:
-    """A fault that one rank inflicts on itself, once, while it computes the step that will be completed as ``step``."""
+    """A fault that one rank inflicts on itself while it computes the step that will be completed as ``step``: once, or
+    ``always``, whenever that step is computed and whoever sits on the rank."""
 
     rank: Rank
     step: Step
     at: Moment
     fault: Fault = Fault.KILL
+    always: bool = False
 
     @classmethod
     def parse(cls, spec: str) -> Injection:
@@ -61,17 +71,23 @@ class Injection:
         for key in ("rank", "step", "at"):
             if key not in fields:
                 raise ConfigError(f"--inject {spec}: {key} is missing: write it like {_SPEC_FORM}")
-        if unknown := sorted(fields.keys() - {"rank", "step", "at"}):
+        if unknown := sorted(fields.keys() - {"rank", "step", "at", "times"}):
             raise ConfigError(f"--inject {spec}: unknown key {unknown[0]!r}: write it like {_SPEC_FORM}")
+        if _FAULT_NAMED[name] in OF_TENSORS and fields["at"] == Moment.MIRROR.value:
+            raise ConfigError(
+                f"--inject {spec}: at {fields['at']} a rank computes with no tensor: choose another moment"
+            )
         return cls(
             rank=Rank(_whole_number(spec, "rank", fields["rank"], least=0)),
             step=Step(_whole_number(spec, "step", fields["step"], least=1)),
             at=_moment(spec, fields["at"]),
             fault=_FAULT_NAMED[name],
+            always=_is_always(spec, fields.get("times", "1")),
         )
 
     def __str__(self) -> str:
-        return f"{self.fault.value}:rank={self.rank},step={self.step},at={self.at.value}"
+        times = ",times=always" if self.always else ""
+        return f"{self.fault.value}:rank={self.rank},step={self.step},at={self.at.value}{times}"
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,12 @@ def _moment(spec: str, text: str) -> Moment:
     if text not in names:
         raise ConfigError(f"--inject {spec}: there is no moment {text!r}: at is one of {' '.join(names)}")
     return Moment(text)
+
+
+def _is_always(spec: str, text: str) -> bool:
+    if text not in ("1", "always"):
+        raise ConfigError(f"--inject {spec}: times={text} is neither 1 nor always")
+    return text == "always"
 
 
 def _flag(name: str) -> str:

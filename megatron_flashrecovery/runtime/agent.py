@@ -30,7 +30,7 @@ from megatron_flashrecovery.runtime import dialogue, node_messages
 from megatron_flashrecovery.runtime.departures import Departures
 from megatron_flashrecovery.runtime.injector import injection_orders
 from megatron_flashrecovery.runtime.launch_config import Injection, LaunchConfig
-from megatron_flashrecovery.runtime.relay import merged, narrowed
+from megatron_flashrecovery.runtime.relay import merged, narrowed, of_numbers
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
 from megatron_flashrecovery.runtime.seating import grant, seats_described
 from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
@@ -74,6 +74,7 @@ class Agent:
         self._watch = Watch(node, Pace(unknown=config.deadlines.hang_timeout))
         self._out_of_memory = OutOfMemory()
         self._fired: set[int] = set()
+        self._skip: tuple[Step, ...] = ()
         self._departures = Departures(self.ranks)
         self._end_by: float | None = None
         self._dismissal: node_messages.Dismiss | None = None
@@ -100,7 +101,7 @@ class Agent:
             self._tell_started()
             on_tick()
             if self._end_by is not None and time.monotonic() >= self._end_by:
-                return self._out_of_patience()
+                return node_messages.Dismiss(self._departures.out_of_patience(self._config.shutdown_timeout), 1)
         return self._dismissal
 
     def never_happened(self) -> list[Injection]:
@@ -169,12 +170,6 @@ class Agent:
         said = f"passed on to {len(seated)} workers, which have {patience:g} s to end by themselves"
         print(f"flashrecovery: {number.name}: {said}; a second signal ends them at once", file=sys.stderr, flush=True)
 
-    def _out_of_patience(self) -> node_messages.Dismiss:
-        assert self._departures.passed_on is not None
-        late = ", ".join(map(str, self._departures.still_here()[:8])) or "of another node"
-        told = f"{self._config.shutdown_timeout:g} s after {self._departures.passed_on.name}"
-        return node_messages.Dismiss(f"rank {late} had not ended {told}", 1)
-
     def _fence(self, ranks: tuple[Rank, ...], reason: str, epoch: Epoch) -> None:
         """Its end is told as a loss, for what it left in the vault counts."""
         fenced = [w for rank, w in self._workers.seated() if rank in ranks and w.seat and w.seat.epoch < epoch]
@@ -192,6 +187,7 @@ class Agent:
         if order.epoch <= self._epoch:
             return
         self._attempt += 1
+        self._skip = order.skip
         self._end_seated(self.ranks)
         self._vault.close()
         self._startup.clear()
@@ -234,6 +230,7 @@ class Agent:
             execute_timeout=config.deadlines.execute_timeout,
             join_timeout=config.deadlines.join_timeout,
             reported=self._reported[rank],
+            skip=self._skip,
         )
 
     def _to_all(self, order: object) -> None:
@@ -298,6 +295,8 @@ class Agent:
                 told.append(core.CheckpointWritten(step))
             case dialogue.Reported(name=name, step=step):
                 self._reported[rank][name] = step
+            case dialogue.UpdateRefused() | dialogue.Examined() | dialogue.GuestDiffers():
+                told.append(of_numbers(self._node, rank, message))
             case dialogue.Raised():
                 self._watch.note_raised(worker.id, message)
             case dialogue.InjectionFired(index=index, time=announced):

@@ -21,22 +21,17 @@ from megatron_flashrecovery.core.messages import (
     Drain,
     Event,
     ExecutePlan,
-    GroupCount,
     Loss,
-    PairCount,
     PlanExecuted,
     RanksReady,
     RanksStood,
-    Report,
     Resume,
     SeatsDescribed,
-    Spot,
-    Standing,
     StartWorkers,
-    Update,
     WorkersLost,
 )
 from megatron_flashrecovery.core.mirroring import NoHost, place_mirrors
+from megatron_flashrecovery.core.reports import GroupCount, PairCount, Report, Spot, Standing, Update
 
 RANKS_PER_NODE = 8
 _TENSOR, _PIPELINE = 4, 4

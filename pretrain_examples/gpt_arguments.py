@@ -121,6 +121,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--enable-flash-recovery", action="store_true", help="survive the loss of ranks (flashrecovery run)"
     )
+    group.add_argument("--flash-recovery-nan", choices=["stop", "skip", "retry"], default="stop")
+    group.add_argument("--flash-recovery-checksum-steps", type=int, default=64)
 
 
 def _add_parallelism(group: argparse._ArgumentGroup) -> None:

@@ -37,6 +37,7 @@ def build_model(args: argparse.Namespace, vocabulary_size: int) -> DistributedDa
         overlap_param_gather=args.overlap_param_gather,
         use_distributed_optimizer=args.use_distributed_optimizer,
         bucket_size=args.ddp_bucket_size,
+        check_for_nan_in_grad=True,
     )
     ddp = DistributedDataParallel(config, ddp_config, module)
     config.finalize_model_grads_func = finalize_model_grads

@@ -66,7 +66,9 @@ def main() -> None:
         first_step = load_checkpoint(load, model, optimizer, scheduler)
     batches = open_batches(consumed_samples=first_step * args.global_batch_size)
     if flash:
-        batches, first_step = flash.protect([model], optimizer, scheduler, open_batches, first_step)
+        nan = flash_recovery.NanChoice(args.flash_recovery_nan)
+        choices = flash_recovery.Choices(nan, args.flash_recovery_checksum_steps)
+        batches, first_step = flash.protect([model], optimizer, scheduler, open_batches, first_step, choices)
     training = Training(args, model, optimizer, scheduler, batches, validation)
     train(training, first_step, flash)
     torch.distributed.destroy_process_group()

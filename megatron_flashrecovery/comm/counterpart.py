@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import (
 )
 
 from megatron_flashrecovery.comm.operation import Call, read_call
-from megatron_flashrecovery.core.messages import Match
+from megatron_flashrecovery.core.reports import Match
 
 Trace: TypeAlias = tuple[str, int, torch.dtype, int, str, int, bool]
 """Name, root, dtype, elements of its one input (or of what is received), kind of device, tag, asynchronous."""

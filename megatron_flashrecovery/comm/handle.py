@@ -29,7 +29,7 @@ from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch
-from megatron_flashrecovery.core.messages import Match, Spot
+from megatron_flashrecovery.core.reports import Match, Spot
 
 
 class NotRepeatable(RuntimeError):

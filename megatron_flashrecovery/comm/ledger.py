@@ -10,7 +10,7 @@ from typing import Protocol
 
 from megatron_flashrecovery.comm.counterpart import Trace, form_of
 from megatron_flashrecovery.core.ids import Rank
-from megatron_flashrecovery.core.messages import GroupCount, PairCount
+from megatron_flashrecovery.core.reports import GroupCount, PairCount
 
 _MASK = (1 << 63) - 1
 _OUTSTANDING_BEFORE_POLL = 64

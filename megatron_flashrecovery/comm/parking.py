@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import Spot
+from megatron_flashrecovery.core.reports import Spot
 
 
 class Interrupted(BaseException):

@@ -17,7 +17,7 @@ from megatron_flashrecovery.comm.ledger import Entry
 from megatron_flashrecovery.comm.operation import POINT_TO_POINT, Call
 from megatron_flashrecovery.comm.recording import Slot
 from megatron_flashrecovery.comm.tree import Tree
-from megatron_flashrecovery.core.messages import Spot
+from megatron_flashrecovery.core.reports import Spot
 
 if TYPE_CHECKING:
     from megatron_flashrecovery.comm.handle import FlashGroup

@@ -26,8 +26,8 @@ from megatron_flashrecovery.comm.startup_record import StartupRecord
 from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Watch, Whereabouts
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank
-from megatron_flashrecovery.core.messages import GroupCount, Match, Spot
 from megatron_flashrecovery.core.pace import OnDevice
+from megatron_flashrecovery.core.reports import GroupCount, Match, Spot
 
 TRANSPORTS = (GlooTransport, NcclTransport)
 _RANKS_SPELLED_OUT = 16

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Protocol
 
-from megatron_flashrecovery.core.messages import Spot
+from megatron_flashrecovery.core.reports import Spot
 
 
 class Watch(Protocol):

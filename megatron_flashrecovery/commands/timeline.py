@@ -57,6 +57,14 @@ def _plan(body: Mapping[str, Any]) -> str:
     return f"on {body['node']}: resume at step {body['resume_step']}, {told}"
 
 
+def _numbers(body: Mapping[str, Any]) -> str:
+    own = [f"rank {rank}, its own {kind}" for rank, kind in list(body["own"].items())[:_SHOWN]]
+    found = [
+        f"rank {rank}, {each['what']} of {each['where']}" for rank, each in list(body["findings"].items())[:_SHOWN]
+    ]
+    return f"on {body['node']}: {body['what']} in step {body['step']}; " + "; ".join([*own, *found])
+
+
 def _groups(body: Mapping[str, Any]) -> str:
     reasons = [f"{group} ({reason})" for group, reason in list(body["rebuild"].items())[:_SHOWN]]
     more = len(body["rebuild"]) - len(reasons)
@@ -72,6 +80,7 @@ _TELLERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "WorkersLost": _losses,
     "RanksStood": _reports,
     "Drain": _drain,
+    "NumbersBad": _numbers,
     "ExecutePlan": _plan,
     "GroupsPlanned": _groups,
 }

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import Report, Told, Update
+from megatron_flashrecovery.core.reports import Report, Told, Update
 
 
 def find_answers(census: Census, answered: Mapping[Rank, int]) -> dict[Rank, tuple[Told, ...]]:

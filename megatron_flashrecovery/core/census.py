@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from megatron_flashrecovery.core.ids import GroupKey, OrderNumber, Rank, Step
-from megatron_flashrecovery.core.messages import GroupCount, PairCount, Report, Standing, Update
+from megatron_flashrecovery.core.reports import GroupCount, PairCount, Report, Standing, Update
 from megatron_flashrecovery.core.seats import Seats
 
 Item = TypeVar("Item")

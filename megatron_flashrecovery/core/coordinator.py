@@ -7,6 +7,8 @@
 | Training | loss | Draining, epoch + 1 | Park, StartWorkers |
 | Training | a few ranks hang | Draining, epoch + 1 | Fence, Park, StartWorkers |
 | Training | operations fail, nobody is lost | Draining, epoch + 1, or Starting the second time | Park, or RestartAll |
+| Training | numbers are not finite | Draining, epoch + 1 | Park; or Stop, or RestartAll, when they are so again |
+| Training | peers hold different parameters | Starting or Halted | RestartAll from a checkpoint, or Stop |
 | Training | all wait for each other | Draining, epoch + 1, or Halted the second time | Park, or Stop |
 | Draining | last report of a round | Draining | Drain, until nobody is in anybody's way |
 | Draining | settled | Staffing | |
@@ -32,14 +34,17 @@ messages may be reordered and repeated on their way.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import NoReturn
 
 from megatron_flashrecovery.core.answers import known_results
-from megatron_flashrecovery.core.communicator_errors import check_failures, note_failures
+from megatron_flashrecovery.core.bad_numbers import end_of_step, note_numbers, note_sound
+from megatron_flashrecovery.core.communicator_errors import note_failures
+from megatron_flashrecovery.core.corruption import note_difference
+from megatron_flashrecovery.core.deadlines import check_deadlines
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, Wait, decide_drain
 from megatron_flashrecovery.core.errors import ImpossibleTransition
-from megatron_flashrecovery.core.hangs import check_hangs, end_hung, note_hangs
+from megatron_flashrecovery.core.findings import NumbersBad, NumbersSound, PeersDiffered
+from megatron_flashrecovery.core.hangs import note_hangs
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.job import Job, JobConfig
 from megatron_flashrecovery.core.losses import give_up_rank, lose_node, lose_workers
@@ -65,12 +70,11 @@ from megatron_flashrecovery.core.messages import (
     StepsTimed,
     WorkersLost,
 )
-from megatron_flashrecovery.core.overdue import LOOK_AGAIN, note_watched, overdue_ranks, stopped_for_good
+from megatron_flashrecovery.core.overdue import note_watched
 from megatron_flashrecovery.core.phases import Draining, Executing, Finished, Halted, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Holdings, Unrecoverable, plan_recovery
 from megatron_flashrecovery.core.policy import Action, Fault, decide
-from megatron_flashrecovery.core.response import Mishap, respond
-from megatron_flashrecovery.core.staffing import fall_back, fill_homeless, halt, open_epoch
+from megatron_flashrecovery.core.staffing import fall_back, fill_homeless
 
 __all__ = ["ImpossibleTransition", "Job", "JobConfig", "handle"]
 
@@ -98,7 +102,7 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
             job.checkpoint = step if job.checkpoint is None else max(step, job.checkpoint)
             return []
         case ClockTicked():
-            return _check_deadlines(job, now)
+            return check_deadlines(job, now) + _go_on(job, now)
         case _:
             pass
     if event.epoch < job.epoch:
@@ -130,6 +134,12 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
             return []
         case OperationsFailed():
             return note_failures(job, event, now)
+        case NumbersBad():
+            return _and_go_on(job, note_numbers(job, event, now), now)
+        case NumbersSound():
+            return _and_go_on(job, note_sound(job, event, now), now)
+        case PeersDiffered():
+            return note_difference(job, event, now)
         case RanksFinished(ranks=ranks):
             return _record_finished(job, event, ranks)
         case _:
@@ -313,8 +323,9 @@ def _plan(job: Job, phase: Staffing, now: float) -> list[Command]:
         return fall_back(job, str(plan), now)
     job.phase = Executing(plan, deadline=now + job.config.execute_timeout)
     number = job.next_number()
+    orders = job.numbers.to_skip(plan.resume_step), job.numbers.to_examine(plan.resume_step)
     return [
-        ExecutePlan(node, job.epoch, number, plan.resume_step, plan.regather, shares)
+        ExecutePlan(node, job.epoch, number, plan.resume_step, plan.regather, shares, *orders)
         for node, shares in plan.shares_of.items()
     ]
 
@@ -324,78 +335,12 @@ def _resume(job: Job, phase: Executing, now: float) -> list[Command]:
     step = phase.plan.resume_step
     job.recoveries.append(job.timeline.close(phase.plan, now))
     job.note_resume(step)
+    for done in [each for each in job.numbers.times if each <= step]:
+        end_of_step(job, done)
     job.rounds = 0
     job.begin_anew()
     job.phase = Training()
     return [Resume(job.epoch, job.next_number(), step)]
-
-
-# --- deadlines -------------------------------------------------------------------------------------------------------
-
-
-def _check_deadlines(job: Job, now: float) -> list[Command]:
-    if failures := check_failures(job, now):
-        return _and_go_on(job, failures, now)
-    match job.phase:
-        case Starting(deadline=deadline) if deadline is not None and now >= deadline:
-            return _stop_without_room(job, job.seats.homeless, now)
-        case Executing(deadline=deadline, executed=executed) if now >= deadline:
-            late = [rank for rank in job.seats.node_of if rank not in executed]
-            return _plan_anew(job, f"rank {_names(late)} did not execute the plan in time", now)
-        case Draining() | Staffing() as phase:
-            late_joiners = [rank for rank, due in phase.joining.items() if now >= due]
-            if homeless := job.seats.homeless.intersection(late_joiners):
-                return _stop_without_room(job, homeless, now)
-            if late_joiners:
-                return _fence_late(job, late_joiners, "did not join in time", now)
-            if isinstance(phase, Draining):
-                return _check_drain(job, phase, now)
-            return []
-        case Training():
-            return _and_go_on(job, check_hangs(job, now), now)
-        case _:
-            return []
-
-
-def _check_drain(job: Job, phase: Draining, now: float) -> list[Command]:
-    if not phase.silent and (phase.waiting is None or phase.waiting.groups):
-        return _go_on(job, now)
-    if phase.silent and (stopped := stopped_for_good(job, phase, now)):
-        return end_hung(job, stopped, now) + _go_on(job, now)
-    if now < phase.deadline:
-        return []
-    if phase.silent:
-        if late := overdue_ranks(job, phase):
-            return _fence_late(job, late, "did not stop in time", now)
-        phase.deadline = now + LOOK_AGAIN
-        return []
-    assert phase.waiting is not None
-    return _fence_late(job, sorted(phase.census.blocked & phase.waiting.ranks), "could not be freed in time", now)
-
-
-def _fence_late(job: Job, late: Iterable[Rank], what: str, now: float) -> list[Command]:
-    job.rounds += 1
-    ranks = sorted(late)
-    mishaps = dict.fromkeys(ranks, Mishap(Fault.DEADLINE, what))
-    return respond(job, mishaps, f"rank {_names(ranks)} {what}", now, fenced=ranks) + _go_on(job, now)
-
-
-def _plan_anew(job: Job, why: str, now: float) -> list[Command]:
-    job.rounds += 1
-    if decide(Fault.DEADLINE, job.history(now)).action is Action.PLAN_ANEW:
-        return open_epoch(job, {}, why, now)
-    return fall_back(job, f"{job.rounds} deadlines missed in one recovery, the last: {why}", now)
-
-
-def _stop_without_room(job: Job, homeless: Iterable[Rank], now: float) -> list[Command]:
-    rule = decide(Fault.NODE_LOST, replace(job.history(now), has_room=False))
-    assert rule.action is Action.STOP, rule
-    return halt(job, f"no node has room for rank {_names(homeless)}")
-
-
-def _names(ranks: Iterable[Rank]) -> str:
-    names = [str(rank) for rank in sorted(ranks)]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _unreachable(value: NoReturn) -> NoReturn:

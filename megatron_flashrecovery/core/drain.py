@@ -29,7 +29,7 @@ from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.entanglement import all_or_none, under_way
 from megatron_flashrecovery.core.ids import GroupKey, Rank
 from megatron_flashrecovery.core.matching import find_matches
-from megatron_flashrecovery.core.messages import Match, Told
+from megatron_flashrecovery.core.reports import Match, Told
 
 
 @dataclass(frozen=True)

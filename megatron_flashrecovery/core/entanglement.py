@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.ids import GroupKey, Rank
-from megatron_flashrecovery.core.messages import Report, Spot, Standing
+from megatron_flashrecovery.core.reports import Report, Spot, Standing
 
 
 @dataclass(frozen=True)

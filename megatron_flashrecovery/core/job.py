@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.findings import PeersDiffered
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import Event, Loss, RanksHung
+from megatron_flashrecovery.core.numbers import Numbers
 from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Origin
 from megatron_flashrecovery.core.policy import Fault, History
@@ -141,6 +143,7 @@ class Job:
         """The steps in which everybody waited for everybody."""
         self.unexplained: set[Step] = set()
         """The steps in which operations failed although nobody was lost."""
+        self.numbers = Numbers()
         self.base = Epoch(0)
         self.staffed: dict[Rank, Epoch] = {}
         """The epoch that the worker of a seat was started for, if it is later than ``base``."""
@@ -159,6 +162,10 @@ class Job:
         self.hangs = Hangs()
         self.own_times = OwnTimes()
         self.breaks = Breaks()
+        self.numbers.alarm = None
+        self.differing: dict[tuple[Rank, Rank], PeersDiffered] = {}
+        self.differing_since = 0.0
+        """When the first of these peers said that they hold different parameters."""
         self.lost: set[Rank] = set()
         """Seats vacated since everybody last trained."""
         self.vault: dict[Rank, tuple[Step, ...]] = {}
@@ -267,8 +274,10 @@ class Job:
             case Training() if self.hangs.crowd_since is not None:
                 return _first(self.hangs.crowd_since + self.config.hang_timeout, self.breaks.due)
             case Training():
-                settled = None if self.hangs.since is None else self.hangs.since + SETTLED_AFTER
-                return _first(settled, self.breaks.due)
+                alarm, differing = self.numbers.alarm, self.differing_since if self.differing else None
+                since = (self.hangs.since, alarm.since if alarm else None, differing)
+                settled = _first(*since)
+                return _first(None if settled is None else settled + SETTLED_AFTER, self.breaks.due)
             case _:
                 return None
 

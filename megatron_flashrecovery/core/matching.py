@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.ids import GroupKey, Rank
-from megatron_flashrecovery.core.messages import Match, PairCount, Standing
+from megatron_flashrecovery.core.reports import Match, PairCount, Standing
 
 _NO_PAIR = PairCount()
 

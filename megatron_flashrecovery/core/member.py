@@ -29,7 +29,8 @@ from typing import NoReturn, TypeAlias
 
 from megatron_flashrecovery.core.errors import ImpossibleTransition
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, OrderNumber, Rank, Step
-from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Match, Park, Release, Resume, Told
+from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Resume
+from megatron_flashrecovery.core.reports import Match, Told
 from megatron_flashrecovery.core.shares import Share
 
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 
 from megatron_flashrecovery.core.census import Census
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, Rank, Step
-from megatron_flashrecovery.core.messages import Report, Update
+from megatron_flashrecovery.core.reports import Report, Update
 from megatron_flashrecovery.core.seats import Seats
 from megatron_flashrecovery.core.shares import Share, Source
 

@@ -82,6 +82,7 @@ class History:
 
     ``is_starting``: before every rank has come to its first step. ``is_executing``: while the ranks execute a plan.
     ``lasted``: for as long as makes sure. ``is_one_operation``: all wait in the same one. ``has_room``: of other nodes.
+    ``fell_back``: the job went back to a checkpoint for this before.
     """
 
     again: bool = False
@@ -98,6 +99,7 @@ class History:
     lasted: bool = False
     is_one_operation: bool = False
     has_room: bool = True
+    fell_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ POLICY: Sequence[Rule] = (
     Rule(Fault.NODE_LOST, LOST_OFTEN[0], Action.FALL_BACK, LOST_OFTEN[1]),
     Rule(Fault.NODE_LOST, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),
     Rule(Fault.NODE_LOST, ALWAYS, Action.REPLACE_NODE),
+    *_suspects(Fault.BAD_NUMBERS),
     Rule(
         Fault.BAD_NUMBERS,
         "again on the same data, and --flash-recovery-nan skip",
@@ -219,6 +222,7 @@ POLICY: Sequence[Rule] = (
         Action.STOP,
         lambda history: history.again and history.nan is NanChoice.STOP,
     ),
+    Rule(Fault.BAD_NUMBERS, "again behind the newest checkpoint", Action.STOP, lambda history: history.fell_back),
     Rule(
         Fault.BAD_NUMBERS,
         "too often in the same step",

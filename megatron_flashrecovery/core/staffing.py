@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_flashrecovery.core.census import Census
-from megatron_flashrecovery.core.ids import Epoch, Rank
+from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.core.job import Breaks, Job
 from megatron_flashrecovery.core.messages import Command, Park, RestartAll, StartWorkers, Stop
 from megatron_flashrecovery.core.phases import Draining, Executing, Halted, Staffing, Starting
@@ -101,7 +101,8 @@ def restart(job: Job, reason: str, now: float) -> list[Command]:
     job.unexplained.clear()
     job.begin_anew()
     job.seats.forget()
-    order = RestartAll(job.epoch, reason, from_checkpoint=job.checkpoint is not None)
+    skip = job.numbers.to_skip(job.checkpoint or Step(0))
+    order = RestartAll(job.epoch, reason, from_checkpoint=job.checkpoint is not None, skip=skip)
     job.phase = Starting(order, deadline=now + job.config.join_timeout if job.seats.homeless else None)
     return fill_homeless(job, now) or [order]
 

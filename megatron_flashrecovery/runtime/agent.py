@@ -31,7 +31,7 @@ from megatron_flashrecovery.runtime.farewell import Farewell, Sender
 from megatron_flashrecovery.runtime.injections import Injections
 from megatron_flashrecovery.runtime.inquest import Inquest
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
-from megatron_flashrecovery.runtime.relay import merged, narrowed
+from megatron_flashrecovery.runtime.relay import merged, narrowed, of_numbers
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
 from megatron_flashrecovery.runtime.seating import grant, seats_described
 from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
@@ -70,6 +70,7 @@ class Agent:
         self._devices = DeviceWatch(node, self.ranks, control)
         self._inquest = Inquest(self._watch, OutOfMemory(), self._devices)
         self.injections = Injections(config.injections, self.ranks)
+        self._skip: tuple[Step, ...] = ()
         self._departures = Departures(self.ranks)
         self._farewell = Farewell(node, config.shutdown_timeout, workers, control, self._departures)
         self._dismissal: node_messages.Dismiss | None = None
@@ -182,6 +183,7 @@ class Agent:
         if order.epoch <= self._epoch:
             return
         self._attempt += 1
+        self._skip = order.skip
         self._end_seated(self.ranks)
         self._vault.close()
         self._startup.clear()
@@ -224,6 +226,7 @@ class Agent:
             execute_timeout=config.deadlines.execute_timeout,
             join_timeout=config.deadlines.join_timeout,
             reported=self._reported[rank],
+            skip=self._skip,
         )
 
     def _to_all(self, order: object) -> None:
@@ -289,6 +292,8 @@ class Agent:
                 told.append(core.CheckpointWritten(step))
             case dialogue.Reported(name=name, step=step):
                 self._reported[rank][name] = step
+            case dialogue.UpdateRefused() | dialogue.Examined() | dialogue.GuestDiffers():
+                told.append(of_numbers(self._node, rank, message))
             case dialogue.Raised():
                 self._watch.note_raised(worker.id, message)
             case dialogue.OperationFailed(epoch=epoch, step=step, reason=reason):

@@ -15,12 +15,14 @@ from typing import TextIO
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
 from megatron_flashrecovery.core.job import Job
+from megatron_flashrecovery.core.numbers import BadStep
 from megatron_flashrecovery.core.phases import Executing
 from megatron_flashrecovery.core.recovery import Recovery
 from megatron_flashrecovery.core.waiting import whom_for
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Journal
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.oddities import Spikes, StepDiffered
 from megatron_flashrecovery.runtime.status import LauncherNoted
 from megatron_flashrecovery.runtime.summary import (
     STEPS_NAME,
@@ -68,6 +70,9 @@ class Chronicle:
         self._warned: set[str] = set()
         self._waiting: tuple[Epoch, float] | None = None
         self._slow: frozenset[Rank] = frozenset()
+        self._bad: list[BadStep] = []
+        self._spikes = Spikes()
+        self._started_in: dict[Rank, Epoch] = {}
         self._closed = False
         self._is_torn = False
 
@@ -94,6 +99,7 @@ class Chronicle:
         if isinstance(event, core.RanksStood):
             newest = max((report.step for report in event.reports), default=Step(0))
             self._current.newest = max(self._current.newest, newest)
+        self._note_numbers(job.numbers.ended)
         for command in commands:
             self._tell(command, job)
         if job.epoch != self._epoch:
@@ -144,8 +150,13 @@ class Chronicle:
                 self._last_step = max(self._last_step, step.step)
                 line = StepLine.of(step.step, step.loss, step.grad_norm, step.epoch, step.seconds)
                 if (difference := self._steps.record(line)) is not None:
-                    self._say(f"WARNING: {difference}")
+                    self._note_difference(step.step, difference)
+                for spike in self._spikes.of(step):
+                    self._say(f"step {spike.step}: the {spike.measure} {spike.value:g} is far above the last ones")
+                    self._journal.write("note", spike, time=time.time(), epoch=self._epoch)
                 return
+            case node_messages.WorkerStarted(rank=rank, epoch=epoch):
+                self._started_in[rank] = epoch
             case node_messages.DeathNoted(seen=seen, announced=announced):
                 self._current.seen = self._current.seen or seen
                 self._current.died = self._current.died or announced or seen
@@ -166,6 +177,21 @@ class Chronicle:
                     self._say(f"warning: {warning}")
         self._journal.write("note", message, time=time.time(), epoch=self._epoch)
 
+    def _note_difference(self, step: Step, difference: str) -> None:
+        rank = Rank(self._config.world_size - 1)
+        replaced = self._started_in.get(rank, Epoch(0)) == self._epoch
+        whose = f", computed by the replacement of rank {rank}" if replaced else ""
+        self._say(f"WARNING: {difference}{whose}")
+        noted = StepDiffered(step, rank, replaced, difference)
+        self._journal.write("note", noted, time=time.time(), epoch=self._epoch)
+
+    def _note_numbers(self, ended: Sequence[BadStep]) -> None:
+        for bad in ended[len(self._bad) :]:
+            self._bad.append(bad)
+            self._journal.write("note", bad, time=time.time(), epoch=self._epoch)
+            if bad.outcome.startswith("did not"):
+                self._say(f"step {bad.step}: {bad.what}, and it {bad.outcome}")
+
     def close(self, failure: str) -> None:
         """The job is over; the summary is written, also of a job that failed."""
         if self._closed:
@@ -177,7 +203,8 @@ class Chronicle:
     def _write_summary(self, failure: str) -> None:
         records = tuple(_record(epoch, measured) for epoch, measured in sorted(self._measured.items()))
         final = {} if failure else dict(sorted(self._final.items()))
-        write_summary(self._config.log_dir, Summary(self._config.world_size, self._last_step, final, records))
+        summary = Summary(self._config.world_size, self._last_step, final, records, tuple(self._bad))
+        write_summary(self._config.log_dir, summary)
         self._journal.write("note", _Ended(failure), time=time.time(), epoch=self._epoch)
         self._journal.close()
         self._steps.close()

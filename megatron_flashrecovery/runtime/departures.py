@@ -56,6 +56,12 @@ class Departures:
             del self._leaving[end.worker.rank]
         return alone
 
+    def out_of_patience(self, patience: float) -> str:
+        """Why the node does not wait any longer for workers that were told to end."""
+        assert self.passed_on is not None
+        late = ", ".join(map(str, self.still_here()[:8])) or "of another node"
+        return f"rank {late} had not ended {patience:g} s after {self.passed_on.name}"
+
     def result(self) -> str | None:
         """Told once, as soon as every rank is done: what was wrong all the same, or nothing."""
         if self._done != self._ranks:

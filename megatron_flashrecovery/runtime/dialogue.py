@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from megatron_flashrecovery.comm.codec import Codec
+from megatron_flashrecovery.core.findings import Finding
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Report, Resume
-from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Resume
+from megatron_flashrecovery.core.policy import Fault, NanChoice
+from megatron_flashrecovery.core.reports import Report
 
 # --- worker to agent --------------------------------------------------------------------------------------------------
 
@@ -130,6 +132,39 @@ class OperationFailed:
 
 
 @dataclass(frozen=True)
+class UpdateRefused:
+    """This rank stands before the update to ``step``, whose numbers are not finite, and waits to be told to stop.
+    ``own`` is empty unless its own were bad before they were reduced; ``finding`` is where, if it has looked."""
+
+    epoch: Epoch
+    step: Step
+    what: str
+    own: str
+    finding: Finding | None
+    choice: NanChoice
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The step that was to be looked at closely is complete: nothing was wrong with it."""
+
+    epoch: Epoch
+    step: Step
+
+
+@dataclass(frozen=True)
+class GuestDiffers:
+    """This rank keeps the mirror of ``guest``, one of ``peers`` data-parallel peers, and both do not hold the same in
+    this part of the parameters of ``step``."""
+
+    epoch: Epoch
+    step: Step
+    guest: Rank
+    peers: int
+    part: str
+
+
+@dataclass(frozen=True)
 class InjectionFired:
     """Said by a worker right before it does to itself what it was told to; ``time`` is Unix time."""
 
@@ -176,6 +211,7 @@ class Seat:
     execute_timeout: float = 60.0
     join_timeout: float = 600.0
     reported: Mapping[str, Step] = field(default_factory=dict)
+    skip: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,6 +238,9 @@ FromWorker: TypeAlias = (
     | Finished
     | Raised
     | OperationFailed
+    | UpdateRefused
+    | Examined
+    | GuestDiffers
     | InjectionFired
 )
 ToWorker: TypeAlias = Seat | MemoryGranted | InjectionOrder | Park | Drain | ExecutePlan | Resume | Release
@@ -211,7 +250,7 @@ def dialogue_codec() -> Codec:
     return Codec(
         (
             *(MemoryNeeded, Described, Ready, Stood, Executed, Failed, StepDone, Resumed),
-            *(CheckpointDone, Reported, Finished, Raised, OperationFailed, InjectionFired),
-            *(Seat, MemoryGranted, InjectionOrder, Park, Drain, ExecutePlan, Resume, Release),
+            *(CheckpointDone, Reported, Finished, Raised, OperationFailed, UpdateRefused, Examined, GuestDiffers),
+            *(InjectionFired, Seat, MemoryGranted, InjectionOrder, Park, Drain, ExecutePlan, Resume, Release),
         )
     )

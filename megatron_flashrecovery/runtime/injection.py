@@ -31,6 +31,13 @@ class Fault(Enum):
     AGENT = "agent"
     DEVICE = "device"
     NETWORK = "network"
+    NAN = "nan"
+    SPIKE = "spike"
+    BITFLIP = "bitflip"
+
+
+OF_TENSORS = frozenset({Fault.NAN, Fault.SPIKE, Fault.BITFLIP})
+"""What a rank does to a tensor that it computes with, and not to itself."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,14 @@ def _a_signal(text: str) -> str | None:
     return None if text in signal.Signals.__members__ else "is no signal: write it like SIGBUS"
 
 
+_TIMES = "times"
+
+
+def is_always(options: Mapping[str, str]) -> bool:
+    """Whenever the step is computed, also by a replacement."""
+    return options.get(_TIMES) == "always"
+
+
 def _number_from(least: float) -> Callable[[str], str | None]:
     def complaint(text: str) -> str | None:
         try:
@@ -75,6 +90,8 @@ def _number_from(least: float) -> Callable[[str], str | None]:
 def _count(text: str) -> str | None:
     return None if text.isdecimal() and int(text) else "is no whole number from 1 on"
 
+
+_OF_ITS_STEP = Option(_TIMES, "1|always", _one_of("1", "always"), "1")
 
 KINDS: Mapping[Fault, Kind] = {
     Fault.KILL: Kind("ends by SIGKILL"),
@@ -108,6 +125,16 @@ KINDS: Mapping[Fault, Kind] = {
         "accesses memory of its device that does not exist, after which the device context is lost",
         main_thread_only=True,
     ),
+    Fault.NAN: Kind(
+        "has a value of its own, an activation or a gradient, that is no number",
+        (_OF_ITS_STEP,),
+        is_survived=True,
+        main_thread_only=True,
+    ),
+    Fault.SPIKE: Kind(
+        "has values of its own that are far too large", (_OF_ITS_STEP,), is_survived=True, main_thread_only=True
+    ),
+    Fault.BITFLIP: Kind("flips one bit of a parameter", (_OF_ITS_STEP,), is_survived=True, main_thread_only=True),
     Fault.NETWORK: Kind("shuts one connection to a rank that lives", is_survived=True, main_thread_only=True),
     Fault.AGENT: Kind("the agent of its node is killed, and its workers with it; on node 0 that is the whole job"),
 }

@@ -11,7 +11,7 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.detect.out_of_memory import why_no_limit
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
-from megatron_flashrecovery.runtime.injection import KINDS, Fault, Injection, option
+from megatron_flashrecovery.runtime.injection import KINDS, Fault, Injection, is_always, option
 from megatron_flashrecovery.runtime.node_messages import InjectionNoted
 
 
@@ -40,7 +40,7 @@ class Injections:
         return tuple(
             _order(index, injection)
             for index, injection in enumerate(self._asked_for)
-            if injection.rank == rank and index not in self._fired
+            if injection.rank == rank and (is_always(injection.options) or index not in self._fired)
         )
 
     def never_happened(self) -> list[Injection]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+import torch
 import torch.distributed as dist
 
 from megatron_flashrecovery.comm.channel import Channel
@@ -18,8 +19,9 @@ from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.detect.out_of_memory import why_no_limit
 from megatron_flashrecovery.runtime.broken_device import break_device
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
-from megatron_flashrecovery.runtime.injection import Fault, option
+from megatron_flashrecovery.runtime.injection import OF_TENSORS, Fault, is_always, option
 from megatron_flashrecovery.runtime.moment import Moment
+from megatron_flashrecovery.runtime.tensor_faults import damage
 
 _CHUNK_NBYTES = 16 << 20
 
@@ -47,23 +49,29 @@ class Injector:
                 return order
         return None
 
-    def mark(self, moment: Moment, step: Step) -> None:
-        """``step`` is being computed, or for MIRROR and BETWEEN has just been completed."""
+    def mark(self, moment: Moment, step: Step, tensor: torch.Tensor | None = None) -> None:
+        """``step`` is being computed, or for MIRROR and BETWEEN has just been completed. ``tensor`` is what it computes
+        with at this moment, for faults that are done to one."""
         if self._slowness is not None:
             self._slowness.linger(moment, step)
         if self._orders and (order := self.pending(moment, step)) is not None:
-            self.fire(order, step)
+            if Fault(order.kind) in OF_TENSORS and tensor is None:
+                return
+            self.fire(order, step, tensor)
 
-    def fire(self, order: InjectionOrder, step: Step) -> None:
-        self._orders.remove(order)
+    def fire(self, order: InjectionOrder, step: Step, tensor: torch.Tensor | None = None) -> None:
+        if not is_always(order.options):
+            self._orders.remove(order)
         self._channel.send(InjectionFired(order.index, time.time()))
-        match Fault(order.kind):
+        match fault := Fault(order.kind):
             case Fault.SLOW:
                 self._slowness = Slowness.of(order, step)
             case Fault.NETWORK:
                 self._cut_a_connection()
             case Fault.DEVICE:
                 break_device()
+            case _ if tensor is not None and fault in OF_TENSORS:
+                damage(fault, tensor)
             case _:
                 inflict(order)
 
@@ -122,6 +130,8 @@ def inflict(order: InjectionOrder) -> None:
             dist.barrier()
         case Fault.AGENT | Fault.DROP_HEARTBEATS | Fault.SLOW:
             pass  # the agent has heard of it; who is slow goes on
+        case Fault.NAN | Fault.SPIKE | Fault.BITFLIP:
+            raise AssertionError(f"{fault} is done to a tensor")
 
 
 def _raise(how: str) -> None:

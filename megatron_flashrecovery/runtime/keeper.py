@@ -23,6 +23,7 @@ from megatron_flashrecovery.runtime.injector import Injector
 from megatron_flashrecovery.runtime.moment import Moment
 from megatron_flashrecovery.runtime.seat import end_with
 from megatron_flashrecovery.runtime.settling import Berth, Memories
+from megatron_flashrecovery.state.content import read_content
 from megatron_flashrecovery.state.copying import copier_for
 from megatron_flashrecovery.state.encoding import decode_values, encode_values
 from megatron_flashrecovery.state.fingerprint import fingerprint
@@ -82,6 +83,8 @@ class Keeper:
         self._changed = threading.Condition()
         self._job: _Job | None = None
         self._closed = False
+        self.before_delivery: Callable[[Step, Epoch], None] = _nothing_to_do
+        """On the mirror thread, with the step of the mirror that is delivered next."""
         self._thread = threading.Thread(target=self._deliver, name="flashrecovery-mirror", daemon=True)
         self._thread.start()
 
@@ -190,7 +193,16 @@ class Keeper:
                 # Without this thread every gate would wait for ever, and nobody would know why.
                 end_with(error, _BROKEN_EXIT)
 
+    def bodies(self, step: Step) -> tuple[memoryview, dict[Rank, memoryview]] | None:
+        """The tensors of the own snapshot of a step and of the guests' mirrors of it, as far as there are any."""
+        try:
+            own = read_content(self._own.content(step)[1]).body
+        except SnapshotMismatch:
+            return None
+        return own, {guest: body for guest in self._guests.guests() if (body := self._guests.body(guest, step))}
+
     def _deliver_one(self, job: _Job) -> None:
+        self.before_delivery(job.step, job.epoch)
         if job.captured:
             self._own.seal(job.step)
         order = self._injector.pending(Moment.MIRROR, job.step)
@@ -249,6 +261,10 @@ class Keeper:
         """Of the worker that sits there now: it says so before it is ready, and overwrites what its predecessor
         said."""
         return self._bulletin.read(_server_key(rank)).decode()
+
+
+def _nothing_to_do(_step: Step, _epoch: Epoch) -> None:
+    """Nobody asked to be called."""
 
 
 def _server_key(rank: Rank) -> str:

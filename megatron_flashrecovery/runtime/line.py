@@ -17,7 +17,7 @@ from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
 from megatron_flashrecovery.core.member import CarryOut, GetOutOfTheWay, GoOn, Leave, Member, Mode, SayReady, StandStill
-from megatron_flashrecovery.core.messages import Report, Spot, Standing
+from megatron_flashrecovery.core.reports import Report, Spot, Standing
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.framework import StepRecord

@@ -18,7 +18,8 @@ import msgspec
 from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed, Verdict
 from megatron_flashrecovery.core.errors import FlashRecoveryError
 from megatron_flashrecovery.core.ids import GroupKey, Rank, Step
-from megatron_flashrecovery.core.messages import ExecutePlan, Match, Spot, Standing, Told
+from megatron_flashrecovery.core.messages import ExecutePlan
+from megatron_flashrecovery.core.reports import Match, Spot, Standing, Told
 from megatron_flashrecovery.detect.exceptions import leaves_device_unusable
 from megatron_flashrecovery.detect.pulse import Pulse
 

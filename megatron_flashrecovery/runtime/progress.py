@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.core.messages import Update
+from megatron_flashrecovery.core.reports import Update
 from megatron_flashrecovery.runtime.framework import StepRecord
 from megatron_flashrecovery.state.pieces import Value
 
@@ -27,6 +27,10 @@ class Progress:
     update: Update = Update.BEFORE
     values: dict[Step, Mapping[str, Value]] = field(default_factory=dict)
     records: dict[Step, StepRecord] = field(default_factory=dict)
+    skip: tuple[Step, ...] = ()
+    """The update of these steps is left out."""
+    examine: Step | None = None
+    """This step is to be looked at closely."""
 
     def complete(self, step: Step, record: StepRecord, values: Mapping[str, Value]) -> None:
         self.completed, self.update = step, Update.BEFORE

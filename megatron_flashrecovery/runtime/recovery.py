@@ -19,7 +19,8 @@ from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core.errors import FlashRecoveryError, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import ExecutePlan, Update
+from megatron_flashrecovery.core.messages import ExecutePlan
+from megatron_flashrecovery.core.reports import Update
 from megatron_flashrecovery.core.shares import Share, Source
 from megatron_flashrecovery.detect.exceptions import leaves_device_unusable
 from megatron_flashrecovery.runtime.dialogue import Seat
@@ -81,10 +82,12 @@ class Recovery:
             except Interrupted:
                 continue
 
-    def meet(self, group: object) -> None:
-        """A reduction of a few bytes: nobody leaves before every member has come."""
+    def meet(self, group: object, objects: bool) -> bool:
+        """A reduction of a few bytes: nobody leaves before every member has come. Returns whether somebody objects."""
         assert isinstance(group, dist.ProcessGroup)
-        dist.all_reduce(torch.ones(1, dtype=torch.int32, device=self._device()), group=group)
+        told = torch.full((1,), int(objects), dtype=torch.int32, device=self._device())
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=group)
+        return bool(told.item())  # small results have been brought to the host already
 
     def wait_for_device(self) -> None:
         """Armed is said of gradients that are reduced, not of reductions that are queued: one that is aborted later
@@ -129,6 +132,7 @@ class Recovery:
         self._framework.restore_values(values)
         self._framework.rewind_data(step)
         self._progress.go_to(step, record, values)
+        self._progress.skip, self._progress.examine = plan.skip, plan.examine
         with self._timed("mirror"):
             self._keep(step, record, values)
 
@@ -150,7 +154,7 @@ class Recovery:
                     raise NotCompleted(f"rank {self._seat.rank} has applied step {step} and never completed it")
                 return self._progress.records[step], dict(self._progress.values[step])
             case Source.OWN:
-                return self._read_own(step, self._ownership.unique())
+                return self._read_own(step, self._ownership.mirrored())
             case Source.MIRROR:
                 assert share.giver is not None
                 return self._read_mirror(share.giver, step)
@@ -162,10 +166,10 @@ class Recovery:
         """A mirror that is not what its owner sent does not exist (invariant 8): then this node's own copy may do."""
         try:
             self._keeper.fetch_mirror(host, step)
-            return self._read_own(step, self._ownership.unique())
+            return self._read_own(step, self._ownership.mirrored())
         except SnapshotMismatch as mismatch:
             print(f"flashrecovery: the mirror that rank {host} keeps cannot be used: {mismatch}", flush=True)
-            return self._read_own(step, self._ownership.unique())
+            return self._read_own(step, self._ownership.mirrored())
 
     def _read_own(self, step: Step, pieces: list[TensorPiece]) -> tuple[StepRecord, dict[str, Value]]:
         values, record = split_record(self._keeper.restore(step, pieces))
@@ -175,7 +179,7 @@ class Recovery:
         """Everything from a data-parallel peer, but what only this rank has from its own copy or its host's mirror."""
         if unique_from is not None:
             self._keeper.fetch_mirror(unique_from, step)
-        mine, _ = split_record(self._keeper.restore(step, []))
+        mine, _ = split_record(self._keeper.restore(step, self._ownership.mirrored()))
         peers, record = split_record(self._keeper.fetch_state(peer, step, self._framework.tensor_pieces()))
         unique = self._framework.unique_values()
         return record or StepRecord(None, None), {

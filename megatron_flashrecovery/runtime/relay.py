@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_flashrecovery.core import messages as core
-from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.core.findings import NumbersBad, NumbersSound, PeersDiffered
+from megatron_flashrecovery.core.ids import NodeId, Rank
+from megatron_flashrecovery.runtime import dialogue
 
 
 def narrowed(order: core.Drain, rank: Rank) -> core.Drain:
@@ -15,6 +17,20 @@ def narrowed(order: core.Drain, rank: Rank) -> core.Drain:
         answer={rank: order.answer[rank]} if rank in order.answer else {},
         match={rank: order.match[rank]} if rank in order.match else {},
     )
+
+
+def of_numbers(
+    node: NodeId, rank: Rank, said: dialogue.UpdateRefused | dialogue.Examined | dialogue.GuestDiffers
+) -> core.Event:
+    match said:
+        case dialogue.UpdateRefused():
+            own = {rank: said.own} if said.own else {}
+            findings = {} if said.finding is None else {rank: said.finding}
+            return NumbersBad(node, said.epoch, said.step, (rank,), said.what, own, findings, said.choice)
+        case dialogue.Examined():
+            return NumbersSound(node, said.epoch, said.step)
+        case dialogue.GuestDiffers():
+            return PeersDiffered(node, said.epoch, said.step, rank, said.guest, said.peers, said.part)
 
 
 def merged(told: list[object]) -> list[object]:
@@ -30,6 +46,10 @@ def merged(told: list[object]) -> list[object]:
             case (core.OperationsFailed(), core.OperationsFailed()) if last.epoch == message.epoch:
                 step = max(last.step, message.step)
                 merged[-1] = replace(last, failed={**last.failed, **message.failed}, step=step)
+            case (NumbersBad(), NumbersBad()) if (last.epoch, last.step) == (message.epoch, message.step):
+                own, findings = {**last.own, **message.own}, {**last.findings, **message.findings}
+                what = message.what if message.own and not last.own else last.what
+                merged[-1] = replace(last, ranks=last.ranks + message.ranks, what=what, own=own, findings=findings)
             case _:
                 merged.append(message)
     return merged

@@ -25,11 +25,12 @@ from megatron_flashrecovery.comm.startup_record import StartupRecord
 from megatron_flashrecovery.comm.tensor_bytes import payload_of
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.core.pace import STEP
-from megatron_flashrecovery.detect.cuda import place_of
+from megatron_flashrecovery.core.reports import Update
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.bulletin import Bulletin
+from megatron_flashrecovery.runtime.choices import Choices
+from megatron_flashrecovery.runtime.comparison import Comparison
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.guarded_call import GuardedCall
 from megatron_flashrecovery.runtime.injector import Injector
@@ -40,8 +41,9 @@ from megatron_flashrecovery.runtime.ownership import Ownership
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
 from megatron_flashrecovery.runtime.progress import NO_STEP, Progress, with_record
 from megatron_flashrecovery.runtime.recovery import Recovery
+from megatron_flashrecovery.runtime.refusal import Refusal
 from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT, taken_pulse, taken_seat
-from megatron_flashrecovery.runtime.settling import Berth, find_berth, take_memory
+from megatron_flashrecovery.runtime.settling import description, find_berth, take_memory
 
 T = TypeVar("T")
 _GROUP_TIMEOUT = timedelta(hours=1)
@@ -54,7 +56,7 @@ class Session:
         self._seat = seat
         self._channel = channel
         self.rank = seat.rank
-        self._progress = Progress(update=Update.WRITING if seat.joining else Update.BEFORE)
+        self._progress = Progress(update=Update.WRITING if seat.joining else Update.BEFORE, skip=seat.skip)
         self._bulletin = Bulletin(seat.store_host, seat.store_port, seat.join_timeout, seat.token.encode())
         self._pulse = taken_pulse()
         self._lot = ParkingLot(
@@ -87,6 +89,7 @@ class Session:
         self._framework: Framework
         self._ownership: Ownership
         self._keeper: Keeper
+        self.refusal: Refusal
         self._recovery: Recovery
 
     @classmethod
@@ -122,20 +125,25 @@ class Session:
         with self._registry.unrecorded():
             yield
 
-    def attach(self, framework: Framework) -> None:
+    def attach(self, framework: Framework, choices: Choices | None = None) -> None:
         """Everything is built: model, optimizer, scheduler, data. Memory for the copies is taken here.
 
         Raises ``ConfigError`` if there is no host for the second copy, or not enough memory for it.
         """
         self._framework = framework
-        self._ownership = Ownership(framework)
+        choices = choices or Choices()
+        self._ownership = Ownership(framework, choices.checksum_steps)
+        self.refusal = Refusal(self._seat, self._channel, self._lot, self._line, self._progress, choices)
         berth = find_berth(self._bulletin, self._seat, framework.data_parallel_peers())
         memories = take_memory(self._line, self._bulletin, self._seat, berth, framework, self._ownership)
         self._keeper = Keeper(
-            self._seat, self._bulletin, berth, memories, self._ownership.unique(), self._lot.notify, self._injector
+            self._seat, self._bulletin, berth, memories, self._ownership.mirrored(), self._lot.notify, self._injector
         )
         self._line.copies = self._keeper
-        self._describe(berth)
+        self._keeper.before_delivery = Comparison(
+            self._keeper, self._channel, self._ownership.checksum, framework.data_parallel_peers()
+        )
+        self._channel.send(description(self.rank, framework, self._ownership, self._registry, berth))
         self._recovery = Recovery(
             self._seat, self._lot, self._line, self._registry, self._keeper, framework, self._ownership, self._progress
         )
@@ -193,7 +201,7 @@ class Session:
             self._call_of.pop(old, None)
             self._calls_after.pop(old, None)
         self._line.say_step(wanted, record, time.monotonic() - began)
-        self.mark(Moment.BETWEEN)
+        self.mark(Moment.BETWEEN, self._ownership.of_peers)
         return record
 
     def guard(self, name: str, call: Callable[[], T], again: Callable[[], T] | None = None) -> T:
@@ -212,25 +220,30 @@ class Session:
             self._do(guarded.make, name, self._last_step)
         return guarded.result  # type: ignore[no-any-return]
 
-    def mark(self, moment: Moment) -> None:
-        """The framework is at this moment of a step."""
-        self._injector.mark(moment, Step(self._progress.completed + (moment is not Moment.BETWEEN)))
+    def mark(self, moment: Moment, tensor: torch.Tensor | None = None) -> None:
+        """The framework is at this moment of a step, and computes with this tensor."""
+        self._injector.mark(moment, Step(self._progress.completed + (moment is not Moment.BETWEEN)), tensor)
 
-    def gate(self) -> None:
+    def gate(self, objects: Callable[[], bool] = lambda: False) -> bool:
         """Right before the first reduction that the update needs: nobody updates to s+1 before all mirrors of s are
-        acknowledged (invariant 1), and the reductions behind this point carry that to everyone."""
+        acknowledged (invariant 1), and the reductions behind this point carry that to everyone. Returns whether
+        somebody ``objects`` to the update, as far as the gate itself asks others."""
         self._lot.check()
+        completed = self._progress.completed
         if not self._ownership.sharded:
             self._keep_before_update()
-        completed = self._progress.completed
         due = completed if self._ownership.sharded else Step(completed + 1)
         self._lot.wait_until(lambda: self._keeper.has_acknowledged(due), self._mirror_of(due))
+        if self._ownership.sharded:
+            self._ownership.take_checksum(completed)
         self._recovery.wait_for_device()
         self._lot.check()
         self._progress.update = Update.ARMED
         self._lot.begin_telling(Step(completed + 1))
+        objection = objects()
         for group in self._framework.gate_groups():
-            self._recovery.meet(group)
+            objection = self._recovery.meet(group, objection)
+        return objection
 
     def foretell(self, group: torch.distributed.ProcessGroup, operation: str, results: Sequence[torch.Tensor]) -> None:
         """The next operations of that name on that group in this step have these results, one after the other: nobody
@@ -306,21 +319,6 @@ class Session:
     def _mirror_of(self, step: Step) -> str:
         return f"rank {self._keeper.host} to acknowledge the mirror of step {step}"
 
-    def _describe(self, berth: Berth) -> None:
-        """What this rank is part of: every group is told of by its first member."""
-        members_of = {key: self._registry.members(key) for key in self._registry.groups}
-        self._channel.send(
-            dialogue.Described(
-                sharded=self._ownership.sharded,
-                host=berth.host,
-                peers=self._framework.data_parallel_peers(),
-                groups={key: members for key, members in members_of.items() if members[0] == self.rank},
-                unique_nbytes=sum(piece.nbytes for piece in self._ownership.unique()),
-                warning="; ".join(berth.warnings) or None,
-                device=place_of(self._framework.tensor_pieces()[0].tensor.device),
-            )
-        )
-
     @contextmanager
     def _inside_of(self, activity: str, step: Step) -> Iterator[None]:
         self._inside = True
@@ -336,7 +334,7 @@ class Session:
         while True:
             try:
                 self._lot.check()
-                with self._lot.discarding(self._is_before_update):
+                with self._lot.discarding(lambda: self._progress.update is Update.BEFORE):
                     attempt()
                 # What an operation has brought since the order to stop may be void, and must not leave the call.
                 self._lot.check()
@@ -366,6 +364,7 @@ class Session:
         record = self._call_of[due]()
         self._lot.end_telling()
         self._complete(due, record)
+        self.refusal.completed(due)
         self._line.say_first_step(due)
 
     def _complete(self, step: Step, record: StepRecord) -> None:
@@ -380,10 +379,8 @@ class Session:
         host before anybody updates, because there is no undo afterwards."""
         due = Step(self._progress.completed + 1)
         if not self._keeper.has_acknowledged(due):
+            self._ownership.take_checksum(self._progress.completed)
             self._keeper.capture(due, with_record(self._framework.values(), None))
-
-    def _is_before_update(self) -> bool:
-        return self._progress.update is Update.BEFORE
 
     def _execute(self) -> None:
         """Carry plans out until one of them is not overtaken by another loss."""

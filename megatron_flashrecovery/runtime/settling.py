@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.mirroring import NoHost, Placement, place_mirrors
@@ -88,7 +89,7 @@ def take_memory(
         own = int(bulletin.read(_size_key(seat.rank)))
         guests = {guest: int(bulletin.read(_size_key(guest))) for guest in berth.guests}
     else:
-        own = needed_bytes(ownership.unique(), with_record(framework.values(), StepRecord(0.0, 0.0)))
+        own = needed_bytes(ownership.mirrored(), with_record(framework.values(), StepRecord(0.0, 0.0)))
         bulletin.post(_epoch_key(seat, "slot_nbytes", seat.rank), str(own).encode())
         bulletin.post(_size_key(seat.rank), str(own).encode())
         guests = {guest: int(bulletin.read(_epoch_key(seat, "slot_nbytes", guest))) for guest in berth.guests}
@@ -100,6 +101,21 @@ def take_memory(
     for fd in fds:
         os.close(fd)  # the mapping stays
     return Memories(memories[0], own_fd, dict(zip(granted.guests, memories[1:], strict=True)))
+
+
+def description(
+    rank: Rank, framework: Framework, ownership: Ownership, registry: GroupRegistry, berth: Berth
+) -> dialogue.Described:
+    """What this rank is part of: every group is told of by its first member."""
+    members_of = {key: registry.members(key) for key in registry.groups}
+    return dialogue.Described(
+        sharded=ownership.sharded,
+        host=berth.host,
+        peers=framework.data_parallel_peers(),
+        groups={key: members for key, members in members_of.items() if members[0] == rank},
+        unique_nbytes=sum(piece.nbytes for piece in ownership.unique()),
+        warning="; ".join(berth.warnings) or None,
+    )
 
 
 def _epoch_key(seat: dialogue.Seat, what: str, rank: Rank) -> str:

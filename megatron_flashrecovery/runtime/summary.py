@@ -11,6 +11,7 @@ import msgspec
 
 from megatron_flashrecovery.core.errors import RecordDamaged
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.numbers import BadStep
 
 SUMMARY_NAME = "summary.json"
 STEPS_NAME = "steps.jsonl"
@@ -78,6 +79,7 @@ class Summary:
     steps: int
     state_sha256: Mapping[Rank, str]
     recoveries: tuple[RecoveryRecord, ...] = ()
+    bad_numbers: tuple[BadStep, ...] = ()
 
 
 class StepLog:

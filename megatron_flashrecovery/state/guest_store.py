@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from megatron_flashrecovery.core.errors import SnapshotMismatch
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.core.snapshot import Offer
+from megatron_flashrecovery.state.content import read_content
 from megatron_flashrecovery.state.intake import Intake
 from megatron_flashrecovery.state.slot import Slot
 from megatron_flashrecovery.state.slot_pair import SlotPair
@@ -68,6 +69,13 @@ class GuestStore:
             raise SnapshotMismatch(f"rank {guest} is no guest of rank {self._host}")
         header, content = pair.verified(step)
         return Offer(header.id, header.nbytes, header.fingerprint), content
+
+    def body(self, guest: Rank, step: Step) -> memoryview | None:
+        """The tensors of a mirror, if there is one; not verified."""
+        with self._lock:
+            pair = self._pair_of.get(guest)
+            found = None if pair is None else pair.find(step)
+        return None if found is None else read_content(found[1]).body
 
     def discard_newer_than(self, step: Step) -> None:
         """Committed or half received: a mirror of a later step does not exist any more."""

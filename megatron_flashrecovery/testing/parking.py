@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_flashrecovery.comm.parking import Proceed, Verdict
 from megatron_flashrecovery.core.ids import Rank
-from megatron_flashrecovery.core.messages import Spot
+from megatron_flashrecovery.core.reports import Spot
 
 Decide = Callable[[Spot], Verdict]
 DecideFailed = Callable[[Spot, Exception], Verdict]

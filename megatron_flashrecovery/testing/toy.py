@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 
+from megatron_flashrecovery.core.findings import Finding
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.runtime.framework import StepRecord
 from megatron_flashrecovery.runtime.moment import Moment
@@ -29,11 +31,23 @@ class ToyShape:
     sharded: bool = True
 
 
-class Marks:
-    """What the toy calls at the seams; the session's methods fit in, and without one nothing happens."""
+class Refuser(Protocol):
+    @property
+    def skips_update(self) -> bool: ...
 
-    def mark(self, moment: Moment) -> None: ...
-    def gate(self) -> None: ...
+    @property
+    def examines(self) -> bool: ...
+
+    def refuse(self, what: str, own: str, finding: Finding | None) -> NoReturn: ...
+
+
+class Marks(Protocol):
+    """What the toy calls at the seams; the session's methods fit in."""
+
+    @property
+    def refusal(self) -> Refuser: ...
+    def mark(self, moment: Moment, tensor: torch.Tensor | None = None) -> None: ...
+    def gate(self) -> object: ...
     def before_update(self) -> None: ...
     def after_update(self) -> None: ...
 
@@ -66,20 +80,28 @@ class Toy:
 
     def step(self, marks: Marks) -> StepRecord:
         batch = self._draw()
-        marks.mark(Moment.FORWARD)
-        activation = self._exchange(batch * self.parameters.mean())
+        activation = batch * self.parameters.mean()
+        marks.mark(Moment.FORWARD, activation)
+        activation = self._exchange(activation)
         dist.all_reduce(activation, group=self._model_group)
         noise = torch.rand_like(self.parameters)
-        marks.mark(Moment.BACKWARD)
+        marks.mark(Moment.BACKWARD, activation)
         self.gradient = self.parameters * 0.01 + noise * activation.mean()
         dist.all_reduce(activation, group=self._model_group)
-        marks.mark(Moment.GRAD_SYNC)
+        marks.mark(Moment.GRAD_SYNC, self.gradient)
+        own = self.gradient.sum()
         dist.all_reduce(self.gradient, group=self._data_group)
         loss = activation.mean()
         dist.all_reduce(loss, group=self._data_group)
         marks.gate()
+        if marks.refusal.skips_update:
+            return StepRecord(float(loss), None, skipped=True)
         norm = (self.gradient**2).sum()
         dist.all_reduce(norm, group=None if self.sharded else self._model_group)
+        if not norm.isfinite():
+            is_own = not own.isfinite()
+            finding = Finding(1, "the toy", "gradient") if is_own and marks.refusal.examines else None
+            marks.refusal.refuse(f"the gradient norm is {float(norm)}", "gradient" if is_own else "", finding)
         marks.before_update()
         self._update(float(norm.sqrt()), marks)
         marks.after_update()

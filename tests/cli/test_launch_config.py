@@ -58,6 +58,12 @@ def test_the_fields_order_does_not_matter_and_the_signals_name_is_accepted():
     assert Injection.parse("SIGKILL:at=mirror,step=1,rank=0") == Injection(0, 1, Moment.MIRROR, Fault.KILL)
 
 
+def test_a_fault_may_come_whenever_the_step_is_computed():
+    spec = "nan:rank=1,step=4,at=backward,times=always"
+    assert Injection.parse(spec) == Injection(1, 4, Moment.BACKWARD, Fault.NAN, {"times": "always"})
+    assert str(Injection.parse(spec)) == spec
+
+
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
@@ -66,6 +72,8 @@ def test_the_fields_order_does_not_matter_and_the_signals_name_is_accepted():
         pytest.param("kill:rank=5,step=6", "at is missing", id="missing"),
         pytest.param("kill:rank=5,step=6,at=lunch", "no moment 'lunch': at is one of forward backward", id="moment"),
         pytest.param("kill:rank=5,step=6,at=mirror,by=me", "unknown key 'by'", id="key"),
+        pytest.param("nan:rank=1,step=6,at=forward,times=2", "times=2 is none of 1 always", id="times"),
+        pytest.param("nan:rank=1,step=6,at=mirror", "in the thread that mirrors, which does not nan", id="no-tensor"),
         pytest.param("kill:rank=-5,step=6,at=mirror", "rank=-5", id="negative"),
         pytest.param("kill:rank=5,step=0,at=mirror", "step=0", id="step-zero"),
         pytest.param("kill:rank=five,step=6,at=mirror", "rank=five", id="no-number"),

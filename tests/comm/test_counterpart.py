@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core.ids import GroupKey, Rank
-from megatron_flashrecovery.core.messages import Match
+from megatron_flashrecovery.core.reports import Match
 from tests.comm.test_groups import registry_of, until
 
 SIZE = 2

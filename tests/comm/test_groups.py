@@ -22,7 +22,7 @@ from megatron_flashrecovery.comm.parking import Interrupted, Proceed
 from megatron_flashrecovery.comm.registry import GroupRegistry, group_key
 from megatron_flashrecovery.comm.startup_record import StartupMismatch, StartupRecord
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
-from megatron_flashrecovery.core.messages import PairCount, Spot
+from megatron_flashrecovery.core.reports import PairCount, Spot
 from megatron_flashrecovery.testing.parking import FakeParking
 
 DEADLINE = timedelta(seconds=30)

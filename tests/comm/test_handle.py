@@ -17,7 +17,7 @@ from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import GroupKey, Rank, Step
-from megatron_flashrecovery.core.messages import PairCount, Spot
+from megatron_flashrecovery.core.reports import PairCount, Spot
 from megatron_flashrecovery.testing.faulty_communicator import FaultyCommunicator, WouldDeadlock
 from megatron_flashrecovery.testing.parking import FakeParking
 

@@ -10,20 +10,15 @@ from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber
 from megatron_flashrecovery.core.messages import (
     Command,
     Event,
-    GroupCount,
     Loss,
-    PairCount,
     PlanExecuted,
     RanksReady,
     RanksStood,
-    Report,
     SeatsDescribed,
-    Spot,
-    Standing,
-    Update,
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Executing
+from megatron_flashrecovery.core.reports import GroupCount, PairCount, Report, Spot, Standing, Update
 from megatron_flashrecovery.core.seats import Seats
 
 A, B = NodeId("a"), NodeId("b")

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_flashrecovery.core.ids import OrderNumber
-from megatron_flashrecovery.core.messages import Standing
+from megatron_flashrecovery.core.reports import Standing
 from tests.core.jobs import census_of, key, pairs, report, used
 
 

@@ -16,13 +16,12 @@ from megatron_flashrecovery.core.messages import (
     Release,
     RestartAll,
     Resume,
-    Spot,
-    Standing,
     StartWorkers,
     Stop,
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Draining, Finished, Halted, Staffing, Starting, Training
+from megatron_flashrecovery.core.reports import Spot, Standing
 from megatron_flashrecovery.core.shares import Source
 from tests.core.jobs import (
     CONFIG,

@@ -5,7 +5,15 @@ import pytest
 from megatron_flashrecovery.core.coordinator import JobConfig
 from megatron_flashrecovery.core.devices import XIDS, Incidents, Trouble, device_of, place_on_bus, xid_in
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, WorkerId
-from megatron_flashrecovery.core.messages import Fence, Loss, NodeJoined, Park, StartWorkers, Stop, WorkersLost
+from megatron_flashrecovery.core.messages import (
+    Fence,
+    Loss,
+    NodeJoined,
+    Park,
+    StartWorkers,
+    Stop,
+    WorkersLost,
+)
 from megatron_flashrecovery.core.policy import Fault
 from tests.core.jobs import A, play, training_job
 

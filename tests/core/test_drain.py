@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, Wait, decide_drain
-from megatron_flashrecovery.core.messages import Spot, Standing, Told, Update
+from megatron_flashrecovery.core.reports import Spot, Standing, Told, Update
 from tests.core.jobs import census_of, key, pairs, report, used
 
 PARKED, CAUGHT, BLOCKED = Standing.PARKED, Standing.CAUGHT, Standing.BLOCKED

@@ -13,14 +13,13 @@ from megatron_flashrecovery.core.messages import (
     PlanExecuted,
     PlanFailed,
     RestartAll,
-    Spot,
-    Standing,
     StartWorkers,
     Stop,
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Draining, Executing, Staffing
 from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.reports import Spot, Standing
 from megatron_flashrecovery.core.shares import Source
 from tests.core.jobs import (
     CONFIG,

@@ -2,7 +2,7 @@ import pytest
 
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, decide_drain
 from megatron_flashrecovery.core.ids import Rank
-from megatron_flashrecovery.core.messages import GroupCount, Match, PairCount, Spot, Standing, Update
+from megatron_flashrecovery.core.reports import GroupCount, Match, PairCount, Spot, Standing, Update
 from tests.core.jobs import census_of, draining_job, key, play, report, stood
 
 PARKED, CAUGHT, BLOCKED = Standing.PARKED, Standing.CAUGHT, Standing.BLOCKED

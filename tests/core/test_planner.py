@@ -1,8 +1,8 @@
 import pytest
 
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import Update
 from megatron_flashrecovery.core.planner import Holdings, Origin, RecoveryPlan, Unrecoverable, plan_recovery
+from megatron_flashrecovery.core.reports import Update
 from megatron_flashrecovery.core.shares import Source
 from tests.core.jobs import A, B, census_of, key, report, used
 

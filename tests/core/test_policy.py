@@ -76,6 +76,13 @@ def test_every_fault_has_rules_and_the_last_of_them_always_applies(fault):
             Action.FALL_BACK,
             id="bad-numbers-for-ever",
         ),
+        pytest.param(
+            Fault.BAD_NUMBERS,
+            History(again=True, setbacks=5, nan=NanChoice.RETRY, fell_back=True),
+            Action.STOP,
+            id="bad-numbers-behind-the-checkpoint",
+        ),
+        pytest.param(Fault.CORRUPTION, History(), Action.FALL_BACK, id="peers-differ"),
     ],
 )
 def test_the_first_rule_that_applies_counts(fault, history, action):

@@ -13,11 +13,11 @@ from megatron_flashrecovery.core.messages import (
     RestartAll,
     StartWorkers,
     Stop,
-    Update,
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Executing
 from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.reports import Update
 from megatron_flashrecovery.core.shares import Source
 from tests.core.jobs import (
     CONFIG,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from gpt_arguments import parse_arguments
 
 from megatron_flashrecovery.adapters.megatron.protection import Protection
 from megatron_flashrecovery.comm.parking import Interrupted
+from megatron_flashrecovery.runtime.moment import Moment
 from megatron_flashrecovery.state.encoding import decode_values, encode_values
 from megatron_flashrecovery.testing.recording_session import RecordingSession
 
@@ -153,6 +155,65 @@ def seams_in_order(flags: list[str]) -> Run:
     return run.steps(1)
 
 
+def bad_numbers(moment: Moment, examined: bool, flags: list[str]) -> Run:
+    """A value of rank 0 is no number, and no rank writes; the step that is computed again is as if nothing had been."""
+    if moment is Moment.GRAD_SYNC and "--overlap-grad-reduce" in flags:
+        return Run(flags).steps(0)  # by then they are reduced
+    is_origin = torch.distributed.get_rank() == 0
+    run = Run(flags).steps(0, 2)
+    tensors, values = run.capture()
+    refusal = run.session.refusal
+    refusal.examines = examined
+    run.session.damage_at(moment if is_origin else None)
+    with suppress(Interrupted):
+        run.step(2)
+    ((what, own, finding),) = refusal.refused
+    assert what == "the gradient norm is nan", what
+    assert bool(own) == is_origin, own
+    assert (finding is not None) == (examined and is_origin), finding
+    assert all(map(torch.equal, run.capture()[0], tensors)), "something was written"
+    run.session.damage_at(None)
+    refusal.examines = False
+    run.go_back(values, 2)
+    return run.steps(2)
+
+
+def bad_loss(flags: list[str]) -> Run:
+    """The loss of rank 0 is no number although all gradients are, and still no rank writes."""
+    if "--no-use-distributed-optimizer" in flags:
+        return Run(flags).steps(0)  # here nobody asks the peers at the gate, as a session would
+    is_origin = torch.distributed.get_rank() == 0
+    run = Run(flags).steps(0, 2)
+    tensors, values = run.capture()
+    numbers = run.framework.partial_step.numbers
+    loss = torch.tensor(float("inf") if is_origin else 1.0)
+
+    def one_step(_step: int) -> example.StepResult:
+        numbers.watch_losses(lambda: [{"a loss": loss}])()
+        return example.train_step(run.training)
+
+    with suppress(Interrupted):
+        run.flash.run_step(2, one_step)
+    ((what, own, _),) = run.session.refusal.refused
+    assert (what, own) == (("the loss is not finite", "loss") if is_origin else ("the gradient norm is nan", "")), what
+    assert all(map(torch.equal, run.capture()[0], tensors)), "something was written"
+    run.go_back(values, 2)
+    return run.steps(2)
+
+
+def left_out(flags: list[str]) -> Run:
+    """A step whose update is left out changes nothing but counters."""
+    run = Run(flags).steps(0, 2)
+    tensors, values = run.capture()
+    run.session.refusal.skips_update = True
+    record = run.flash.run_step(2, lambda _step: example.train_step(run.training))
+    assert (record.skipped, record.grad_norm) == (True, None)
+    assert all(map(torch.equal, run.capture()[0], tensors)), "something was written"
+    run.session.refusal.skips_update = False
+    run.go_back(values, 2)
+    return run.steps(2)
+
+
 def names(run: Run) -> list[tuple[str, bool, bool]]:
     return [(piece.name, piece.unique, piece.gathered) for piece in run.framework.tensor_pieces()]
 
@@ -167,6 +228,11 @@ SCENARIOS: dict[str, Callable[[list[str]], Run]] = {
     "cut short at the gate": partial(cut_short, "gate", 2),
     "the first step cut short": partial(cut_short, "grad_sync", 0),
     "seams in order": seams_in_order,
+    "bad numbers in forward": partial(bad_numbers, Moment.FORWARD, True),
+    "bad numbers in backward": partial(bad_numbers, Moment.BACKWARD, True),
+    "bad gradients": partial(bad_numbers, Moment.GRAD_SYNC, False),
+    "an update left out": left_out,
+    "a bad loss": bad_loss,
 }
 
 

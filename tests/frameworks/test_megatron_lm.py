@@ -244,6 +244,33 @@ def test_a_replaced_logging_rank_goes_on_with_the_same_run_of_wandb(tmp_path_fac
     assert sorted(logged) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("flags", [SHARDED, ("--rerun-mode", "disabled")], ids=["rerun", "plain-without-rerun"])
+def test_numbers_that_are_not_finite_do_not_end_a_rank_but_are_computed_again(
+    tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed, flags: tuple[str, ...]
+) -> None:
+    """Upstream checks losses and gradients itself, and with or without its rerun machine it would end the run."""
+    job = pretrain(*flags, injections=("nan:rank=5,step=4,at=backward",))
+    outcome = run(job, tmp_path_factory.mktemp("run") / "run", timeout=240)
+    assert outcome.exit_code == 0, outcome.said
+    calm = undisturbed(job)
+    assert (outcome.results(), outcome.state) == (calm.results(), calm.state)
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [()]
+    assert "step 4: the gradient norm is nan, and it did not come again" in outcome.said
+
+
+def test_a_step_whose_numbers_are_bad_again_is_left_out_and_its_origin_named(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    skip = ("--flash-recovery-nan", "skip")
+    job = pretrain(*SHARDED, *skip, injections=("nan:rank=7,step=4,at=forward,times=always", kill(2, 6, "backward")))
+    outcome = run(job, tmp_path_factory.mktemp("run") / "run", timeout=240)
+    assert outcome.exit_code == 0, outcome.said
+    assert [line.step for line in outcome.steps if line.grad_norm_hex is None] == [4]
+    again = next(bad for bad in outcome.summary.bad_numbers if bad.step == 4)
+    assert (again.times, again.outcome) == (2, "its update is left out")
+    assert again.origin.endswith("on rank 7")
+
+
 def test_without_the_flag_nothing_of_ours_changes_the_run(undisturbed: Undisturbed) -> None:
     with_recovery = undisturbed(pretrain(*SHARDED))
     plain = undisturbed(pretrain(*SHARDED, recovery=False))

@@ -17,7 +17,9 @@ from megatron_flashrecovery.adapters.megatron_lm.told_once import ToldOnce
 from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import NOTED, WandbRows, use_one_run
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.core.policy import NanChoice
 from megatron_flashrecovery.patching.megatron_lm import REPLACED
+from megatron_flashrecovery.runtime.choices import Choices
 
 
 def test_a_tape_gives_again_what_it_gave_and_opens_its_source_only_when_it_is_drawn_from() -> None:
@@ -90,8 +92,20 @@ def test_a_rank_that_knows_no_loss_reports_none() -> None:
 def test_the_flag_is_in_a_group_of_its_own_and_there_is_only_one() -> None:
     parser = arguments.add_arguments(arguments.add_arguments(argparse.ArgumentParser(add_help=False)))
     (group,) = [group for group in parser._action_groups if group.title == "flash recovery"]
-    assert [action.option_strings for action in group._group_actions] == [["--enable-flash-recovery"]]
+    # What the user wants to be done about numbers of the script is a flag of the script, like upstream's own checks.
+    assert [action.option_strings for action in group._group_actions] == [
+        ["--enable-flash-recovery"],
+        ["--flash-recovery-nan"],
+        ["--flash-recovery-checksum-steps"],
+    ]
     assert parser.parse_args([]).enable_flash_recovery is False
+
+
+def test_the_flags_become_choices_also_where_an_older_patch_knows_only_the_first() -> None:
+    parser = arguments.add_arguments(argparse.ArgumentParser())
+    told = parser.parse_args(["--flash-recovery-nan", "skip", "--flash-recovery-checksum-steps", "0"])
+    assert arguments.choices_of(told) == Choices(NanChoice.SKIP, 0)
+    assert arguments.choices_of(SimpleNamespace(enable_flash_recovery=True)) == Choices()
 
 
 @pytest.mark.parametrize("refusal", arguments.REFUSALS, ids=lambda refusal: refusal.flags)

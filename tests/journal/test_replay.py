@@ -11,19 +11,16 @@ from megatron_flashrecovery.core.job import Job, JobConfig
 from megatron_flashrecovery.core.messages import (
     ClockTicked,
     ExecutePlan,
-    GroupCount,
     Loss,
     Park,
     PlanExecuted,
     RanksReady,
     RanksStood,
-    Report,
     SeatsDescribed,
-    Standing,
-    Update,
     WorkersLost,
 )
 from megatron_flashrecovery.core.phases import Training
+from megatron_flashrecovery.core.reports import GroupCount, Report, Standing, Update
 from megatron_flashrecovery.core.seats import Seats
 from megatron_flashrecovery.runtime.journal import JobStarted, Journal, read_journal
 from megatron_flashrecovery.runtime.replay import replay

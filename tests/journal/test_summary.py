@@ -7,6 +7,7 @@ import json
 import pytest
 
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.numbers import BadStep
 from megatron_flashrecovery.runtime.summary import (
     GroupTally,
     PhaseSeconds,
@@ -24,7 +25,8 @@ SECONDS = PhaseSeconds(0.01, 0.02, 0.5, 0.1, 0.2, 0.4, 1.23)
 RECOVERY = RecoveryRecord(
     Epoch(1), "killed by SIGKILL", (Rank(5),), Step(5), 1, SECONDS, GroupTally(6, 10), {Rank(5): "mirror of rank 7"}
 )
-SUMMARY = Summary(world_size=8, steps=12, state_sha256={Rank(0): "ab"}, recoveries=(RECOVERY,))
+BAD = BadStep(Step(7), "the norm is nan", 1, "did not come again", "the gradient of rank 5", Rank(5))
+SUMMARY = Summary(world_size=8, steps=12, state_sha256={Rank(0): "ab"}, recoveries=(RECOVERY,), bad_numbers=(BAD,))
 
 
 def line(step, loss=2.5, epoch=0):
@@ -55,6 +57,17 @@ def test_a_summary_has_the_fields_that_others_script_against(tmp_path):
                 },
                 "groups": {"rebuilt": 6, "kept": 10},
                 "source": {"5": "mirror of rank 7"},
+            }
+        ],
+        # New with the search for bad numbers: which step, what, how often, and how it ended.
+        "bad_numbers": [
+            {
+                "step": 7,
+                "what": "the norm is nan",
+                "times": 1,
+                "outcome": "did not come again",
+                "origin": "the gradient of rank 5",
+                "suspect": 5,
             }
         ],
     }

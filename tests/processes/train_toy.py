@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.core.policy import NanChoice
 from megatron_flashrecovery.runtime import session as runtime_session
 from megatron_flashrecovery.runtime.broken_device import break_device
+from megatron_flashrecovery.runtime.choices import Choices
 from megatron_flashrecovery.runtime.framework import StepRecord
 from megatron_flashrecovery.runtime.session import Session
 from megatron_flashrecovery.testing.cpu_device import device_error
@@ -53,6 +55,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="two guarded collectives behind every step")
     parser.add_argument("--on-sigterm", choices=("leave", "ignore"), help="leave: all ranks, after the same step")
     parser.add_argument("--enable-flash-recovery", action="store_true", help="as every script that is launched has it")
+    parser.add_argument("--nan", choices=("stop", "skip", "retry"), default="stop")
+    parser.add_argument("--checksum-steps", type=int, default=64)
     parser.add_argument("--child", action="store_true", help="every rank starts a process that outlives it")
     args = parser.parse_args()
     told: list[int] = []
@@ -70,7 +74,7 @@ def main() -> None:
         sys.exit(1)
     if session.is_joining:
         time.sleep(args.join_delay)
-    session.attach(toy)
+    session.attach(toy, Choices(NanChoice(args.nan), args.checksum_steps))
     if session.rank == args.raise_in_plan:
         toy.discard_partial_step = lambda: fail_once(args.raise_code, args.once)  # type: ignore[method-assign]
     if args.child:

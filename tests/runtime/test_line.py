@@ -10,7 +10,8 @@ import pytest
 
 from megatron_flashrecovery.comm.channel import Channel, channel_pair
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import Park, Spot, Standing
+from megatron_flashrecovery.core.messages import Park
+from megatron_flashrecovery.core.reports import Spot, Standing
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.dialogue import OperationFailed, Seat, Stood, dialogue_codec
 from megatron_flashrecovery.runtime.line import Line

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step
-from megatron_flashrecovery.core.messages import ExecutePlan, Match, Spot, Standing, Told
+from megatron_flashrecovery.core.messages import ExecutePlan
+from megatron_flashrecovery.core.reports import Match, Spot, Standing, Told
 from megatron_flashrecovery.core.shares import Share, Source
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.parking_lot import AnswerMismatch, NoRecovery, ParkingLot, Stand

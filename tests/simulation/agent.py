@@ -15,7 +15,6 @@ from megatron_flashrecovery.core.messages import (
     Park,
     RanksStood,
     Release,
-    Report,
     RestartAll,
     Resume,
     SeatsDescribed,
@@ -24,6 +23,7 @@ from megatron_flashrecovery.core.messages import (
     WorkersLost,
 )
 from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.reports import Report
 from tests.simulation.snapshot import Snapshot
 from tests.simulation.worker import Worker
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.core import policy
+from megatron_flashrecovery.core.findings import Finding, NumbersBad, NumbersSound, PeersDiffered
 from megatron_flashrecovery.core.hangs import few
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.messages import NodeLost, OperationsFailed, RanksHung, StepsTimed
 from megatron_flashrecovery.core.phases import Draining, Training
+from megatron_flashrecovery.core.policy import NanChoice
 from tests.simulation.settings import Fault
 
 if TYPE_CHECKING:
@@ -177,6 +179,10 @@ class BadLuck:
                 self._tell_who_waits(frozenset())
             case "cut":
                 self._cut(victims[0])
+            case "numbers":
+                self._tell_of_numbers(victims)
+            case "differ":
+                self._tell_who_differs(victims[0])
 
     def _cut(self, victim: Worker) -> None:
         """A connection goes: one after the other, the members of its communicator find that out, and sever it."""
@@ -209,6 +215,23 @@ class BadLuck:
         if not worker.is_stopping:
             epoch = worker.member.epoch
             self.world.tell(OperationsFailed(worker.agent.node, epoch, {worker.rank: what}, Step(worker.step)))
+
+    def _tell_of_numbers(self, victims: list[Worker]) -> None:
+        """These say that their numbers are bad, and one that they were not; nobody waits for what comes of it."""
+        job = self.world.job
+        for victim in victims:
+            node, step = victim.agent.node, Step(victim.step + 1)
+            own, found = {victim.rank: "gradient"}, {victim.rank: Finding(1, "a module", "output")}
+            told = NumbersBad(node, job.epoch, step, (victim.rank,), "bad", own, found, NanChoice.SKIP)
+            self.world.tell(told)
+            self.world.tell(NumbersSound(node, job.epoch, Step(victim.step)))
+
+    def _tell_who_differs(self, victim: Worker) -> None:
+        host = self.world.settings.host_of[victim.rank]
+        told = PeersDiffered(
+            victim.agent.node, self.world.job.epoch, Step(victim.step), host, victim.rank, victim.model.dp, "part 1"
+        )
+        self.world.tell(told)
 
     def _corrupt(self, victim: Worker) -> None:
         """The mirror of a rank rots at its host, sometimes its own copies as well, and then the rank is needed."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.core.messages import Update
+from megatron_flashrecovery.core.reports import Update
 from megatron_flashrecovery.core.shares import Share, Source
 from tests.simulation.fabric import Communicator, mix
 from tests.simulation.program import Collective, Pause, Program, _int

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from megatron_flashrecovery.core.ids import GroupKey, Rank
-from megatron_flashrecovery.core.messages import GroupCount, Match, PairCount
+from megatron_flashrecovery.core.reports import GroupCount, Match, PairCount
 
 
 class Mismatch(AssertionError):

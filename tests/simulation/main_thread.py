@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step, WorkerId
 from megatron_flashrecovery.core.member import Member, Mode
-from megatron_flashrecovery.core.messages import PlanFailed, RanksFinished, Told, Update
+from megatron_flashrecovery.core.messages import PlanFailed, RanksFinished
+from megatron_flashrecovery.core.reports import Told, Update
 from tests.simulation.execution import Connect, Failure, News
 from tests.simulation.fabric import Endpoint, Handle, Void, mix
 from tests.simulation.program import (

@@ -155,6 +155,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
             *_draw_alarm(seed, off),
             *_draw_poison(seed, off),
             *_draw_cut(seed, off),
+            *_draw_numbers(seed, off),
         ),
         spares=rng.choice([0, 1, 1, 2]),
         spare_delay=rng.choice([0.0, 0.5, 5.0]),
@@ -179,6 +180,18 @@ def _draw_alarm(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
     if off or rng.random() > _ALARMS:
         return ()
     return (Fault("turn", rng.random(), rng.choice([0, 3, 30]), "one", "alarm"),)
+
+
+def _draw_numbers(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
+    """Sometimes numbers are said to be bad, or peers to differ, by all, one or two. Drawn apart like alarms."""
+    rng = Random(f"numbers {seed}")
+    if off or rng.random() > _ALARMS:
+        return ()
+    kinds = ["numbers", "numbers", "numbers", "differ"]
+    return tuple(
+        Fault("turn", rng.random(), rng.choice([0, 3, 30]), rng.choice(["one", "two", "all"]), rng.choice(kinds))
+        for _ in range(rng.choice([1, 1, 2, 3]))
+    )
 
 
 def _draw_poison(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:

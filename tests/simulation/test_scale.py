@@ -9,19 +9,15 @@ from megatron_flashrecovery.core.coordinator import Job, JobConfig, handle
 from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import (
     ExecutePlan,
-    GroupCount,
     Loss,
     PlanExecuted,
     RanksReady,
     RanksStood,
-    Report,
     Resume,
     SeatsDescribed,
-    Spot,
-    Standing,
-    Update,
     WorkersLost,
 )
+from megatron_flashrecovery.core.reports import GroupCount, Report, Spot, Standing, Update
 from tests.simulation.settings import Model
 
 PER_NODE = 8

@@ -15,7 +15,8 @@ from megatron_flashrecovery.core.member import (
     SayReady,
     StandStill,
 )
-from megatron_flashrecovery.core.messages import Match, PlanExecuted, RanksReady, Report, Spot, Standing, Update
+from megatron_flashrecovery.core.messages import PlanExecuted, RanksReady
+from megatron_flashrecovery.core.reports import Match, Report, Spot, Standing, Update
 from tests.simulation.bad_luck import RESET
 from tests.simulation.execution import Connect, News, execute
 from tests.simulation.fabric import Communicator

@@ -11,6 +11,8 @@ flash.finish(state_sha256)
 from __future__ import annotations
 
 from megatron_flashrecovery.adapters.megatron.protection import Protection, start
+from megatron_flashrecovery.core.policy import NanChoice
+from megatron_flashrecovery.runtime.choices import Choices
 from megatron_flashrecovery.runtime.framework import StepRecord
 
-__all__ = ["Protection", "StepRecord", "start"]
+__all__ = ["Choices", "NanChoice", "Protection", "StepRecord", "start"]

@@ -13,6 +13,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from megatron_flashrecovery.adapters.megatron import aux_losses, fp8_state
 from megatron_flashrecovery.adapters.megatron.model_state import bucket_groups
 from megatron_flashrecovery.adapters.megatron.no_sync import NoSync
+from megatron_flashrecovery.adapters.megatron.step_numbers import StepNumbers
 
 _RERUN_FIELDS = (
     "state",
@@ -36,14 +37,20 @@ class PartialStep:
         self._timers_running: set[str] = set()
         self._aux_losses: Any = aux_losses.NOTHING
         self._rerun: dict[str, Any] = {}
+        self.numbers: StepNumbers | None = None
+        """What watches the numbers of each step, as soon as the seams are installed."""
 
     def begin(self) -> None:
+        if self.numbers is not None:
+            self.numbers.begin()
         self._timers_running = {name for name, timer in self._timers() if timer._started}
         self._aux_losses = aux_losses.capture()
         machine = _rerun_machine()
         self._rerun = {field: getattr(machine, field) for field in _RERUN_FIELDS} if machine else {}
 
     def discard(self) -> None:
+        if self.numbers is not None:
+            self.numbers.end()
         self.no_sync.leave()
         for chunk in self._model:
             _forget_communication(chunk)

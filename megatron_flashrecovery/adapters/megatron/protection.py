@@ -14,6 +14,7 @@ from megatron_flashrecovery.adapters.megatron.position import SamplePosition
 from megatron_flashrecovery.adapters.megatron.seams import check_version, install_seams
 from megatron_flashrecovery.adapters.megatron.session_seam import SessionSeam
 from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.runtime.choices import Choices
 from megatron_flashrecovery.runtime.framework import StepRecord
 from megatron_flashrecovery.runtime.session import Session
 
@@ -68,16 +69,18 @@ class Protection:
         scheduler: OptimizerParamScheduler,
         open_batches: Callable[[int], Iterator[Any]],
         first_step: int,
+        choices: Choices | None = None,
     ) -> tuple[Iterator[Any], int]:
         """Everything is built, and loaded if there was a checkpoint of ``first_step``.
 
         ``open_batches(consumed_samples)`` gives this rank's micro batches from that position of the data on, the same
-        ones at every call. Returns the iterator to train from, which can go back, and the step to begin with.
+        ones at every call. ``choices`` are the user's, by flags of the script. Returns the iterator to train from,
+        which can go back, and the step to begin with.
         """
         position = SamplePosition(open_batches, Step(first_step))
         self._framework = MegatronFramework(model, optimizer, scheduler, position)
         install_seams(model, optimizer, self._session, self._framework.partial_step)
-        self._session.attach(self._framework)
+        self._session.attach(self._framework, choices)
         return position.batches, self._session.first_step(Step(first_step))
 
     def run_step(self, step: int, call: Callable[[int], StepReport]) -> StepRecord:

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
+import torch
+
+from megatron_flashrecovery.core.findings import Finding
 from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.runtime.choices import Choices
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.moment import Moment
 
 T = TypeVar("T")
 
 
+class RefusalSeam(Protocol):
+    """For numbers that must not be written."""
+
+    @property
+    def skips_update(self) -> bool: ...
+
+    @property
+    def examines(self) -> bool: ...
+
+    def refuse(self, what: str, own: str, finding: Finding | None) -> NoReturn: ...
+
+
 class StepSeams(Protocol):
     """What is called from inside a step."""
 
-    def mark(self, moment: Moment) -> None: ...
+    @property
+    def refusal(self) -> RefusalSeam: ...
 
-    def gate(self) -> None: ...
+    def mark(self, moment: Moment, tensor: torch.Tensor | None = None) -> None: ...
+
+    def gate(self, objects: Callable[[], bool]) -> bool: ...
 
     def before_update(self) -> None: ...
 
@@ -35,7 +54,7 @@ class SessionSeam(StepSeams, Protocol):
 
     def install_groups(self) -> None: ...
 
-    def attach(self, framework: Framework) -> None: ...
+    def attach(self, framework: Framework, choices: Choices | None = None) -> None: ...
 
     def first_step(self, loaded: Step) -> Step: ...
 

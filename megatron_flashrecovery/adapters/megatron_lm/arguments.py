@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.policy import NanChoice
+from megatron_flashrecovery.runtime.choices import CHECKSUM_STEPS, NAN_CHOICES, Choices
 
 FLAG = "--enable-flash-recovery"
 
@@ -21,7 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             action="store_true",
             help="Survive the loss of ranks in the middle of a step; for runs that `flashrecovery run` starts.",
         )
+        group.add_argument(
+            "--flash-recovery-nan",
+            choices=NAN_CHOICES,
+            default=NanChoice.STOP.value,
+            help="What to do about a step whose numbers are not finite again on the same data.",
+        )
+        group.add_argument(
+            "--flash-recovery-checksum-steps",
+            type=int,
+            default=CHECKSUM_STEPS,
+            metavar="N",
+            help="Data-parallel peers compare all their parameters in every N steps; 0: never.",
+        )
     return parser
+
+
+def choices_of(args: Any) -> Choices:
+    """A checkout that was patched by an older version knows the first flag only."""
+    nan = getattr(args, "flash_recovery_nan", NanChoice.STOP.value)
+    return Choices(NanChoice(nan), getattr(args, "flash_recovery_checksum_steps", CHECKSUM_STEPS))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_flashrecovery.adapters.megatron.session_seam import RefusalSeam
 from megatron_flashrecovery.adapters.megatron_lm.session_seam import LoopSession
 from megatron_flashrecovery.runtime.moment import Moment
 
@@ -33,17 +34,22 @@ class EarlyLosses:
 
         return watched
 
-    def gate(self) -> None:
+    @property
+    def refusal(self) -> RefusalSeam:
+        return self._session.refusal
+
+    def gate(self, objects: Callable[[], bool]) -> bool:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         reduced = []
         for value in self._sums():
             torch.distributed.all_reduce(value, group=group)
             reduced.append(value)
-        self._session.gate()
+        objection = self._session.gate(objects)
         self._session.foretell(group, "allreduce", reduced)
+        return objection
 
-    def mark(self, moment: Moment) -> None:
-        self._session.mark(moment)
+    def mark(self, moment: Moment, tensor: torch.Tensor | None = None) -> None:
+        self._session.mark(moment, tensor)
 
     def before_update(self) -> None:
         self._session.before_update()

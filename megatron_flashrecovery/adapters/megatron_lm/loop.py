@@ -18,7 +18,9 @@ from megatron.core import parallel_state
 
 from megatron_flashrecovery.adapters.megatron.framework import MegatronFramework
 from megatron_flashrecovery.adapters.megatron.seams import install_seams
+from megatron_flashrecovery.adapters.megatron.step_numbers import StepNumbers
 from megatron_flashrecovery.adapters.megatron_lm import results
+from megatron_flashrecovery.adapters.megatron_lm.arguments import choices_of
 from megatron_flashrecovery.adapters.megatron_lm.async_saves import AsyncSaves
 from megatron_flashrecovery.adapters.megatron_lm.between_steps import BetweenSteps
 from megatron_flashrecovery.adapters.megatron_lm.checkpoint import newest_saved
@@ -49,6 +51,7 @@ class Loop:
         self._config: Any = None
         self._framework: MegatronFramework
         self._position: LoopPosition
+        self._numbers: StepNumbers
         self._early_losses = EarlyLosses(session)
         self._saves = AsyncSaves(session, args)
         self._rows = WandbRows(session, lambda: training.get_wandb_writer())
@@ -82,7 +85,7 @@ class Loop:
         self._position = LoopPosition(self._args, self._data, first)
         self._framework = MegatronFramework(model, optimizer, scheduler, self._position, self._saves.abandon)
         self._everyone_trains = _everyone_trains(model)
-        self._session.attach(self._framework)
+        self._session.attach(self._framework, choices_of(self._args))
         is_joining = self._session.is_joining
         self._session.first_step(first)
         if is_joining:
@@ -95,10 +98,11 @@ class Loop:
         sharded = self._framework.sharded
         if not self._session.has_entered:
             seams = self._session if sharded else self._early_losses
-            install_seams(self._model, self._optimizer, seams, self._framework.partial_step)
+            self._numbers = install_seams(self._model, self._optimizer, seams, self._framework.partial_step)
+        schedule = self._numbers.watch_losses(args[_SCHEDULE])
         if not sharded:
-            schedule = self._early_losses.watch(args[_SCHEDULE])
-            args = (*args[:_SCHEDULE], schedule, *args[_SCHEDULE + 1 :])
+            schedule = self._early_losses.watch(schedule)
+        args = (*args[:_SCHEDULE], schedule, *args[_SCHEDULE + 1 :])
         put_back = self._snapshot(int(self._args.consumed_train_samples))
         step = Step(self._args.curr_iteration)
 

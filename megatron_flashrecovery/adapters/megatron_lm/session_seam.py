@@ -10,6 +10,7 @@ import torch
 
 from megatron_flashrecovery.adapters.megatron.session_seam import StepSeams
 from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.runtime.choices import Choices
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ class LoopSession(StepSeams, Protocol):
     @property
     def is_inside(self) -> bool: ...
 
-    def attach(self, framework: Framework) -> None: ...
+    def attach(self, framework: Framework, choices: Choices | None = None) -> None: ...
 
     def first_step(self, loaded: Step) -> Step: ...
 

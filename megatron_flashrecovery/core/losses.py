@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Command, Fence, Loss, NodeLost, PlanFailed, WorkersLost
-from megatron_flashrecovery.core.phases import Executing, Starting
+from megatron_flashrecovery.core.phases import Draining, Executing, Staffing, Starting
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.staffing import fence, halt, open_epoch, restart
 from megatron_flashrecovery.core.suspicion import why_to_replace_node
@@ -70,6 +70,8 @@ def give_up_rank(job: Job, event: PlanFailed, now: float) -> list[Command]:
 def _lose(job: Job, causes: Mapping[Rank, str], now: float) -> list[Command]:
     if not causes:
         return []
+    if isinstance(job.phase, Draining | Staffing | Executing):
+        job.unexplained.clear()  # what failed just before was the end of these, only told late
     why = "; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(causes.items())[:_SHOWN])
     if isinstance(job.phase, Starting):
         return restart(job, f"lost before everybody had started: {why}", now)

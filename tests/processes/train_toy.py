@@ -6,6 +6,7 @@ import argparse
 import atexit
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--break-device", choices=("illegal access", "assert", "memory"), help="of a real device")
     parser.add_argument("--raise-in-plan", type=int, help="the same on this rank while it carries out a plan")
     parser.add_argument("--pretend-devices", action="store_true", help="each rank has one, at 0000:f0:0RANK of the bus")
+    parser.add_argument("--cut-mirror-at", type=int, default=-1, help="reset the connection to the host in this step")
     parser.add_argument("--mismatch-at", type=int, default=-1, help="it waits in this step for who never comes")
     parser.add_argument("--once", type=Path, help="not again when this file exists")
     parser.add_argument("--report", action="store_true", help="two guarded collectives behind every step")
@@ -74,6 +76,8 @@ def main() -> None:
 
     def compute(step: int) -> StepRecord:
         if args.only_rank in (None, session.rank):
+            if step == args.cut_mirror_at:
+                session._keeper._link._stream._sock.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
             if step == args.raise_at and (args.once is None or _is_first(args.once)):
                 if args.break_device is not None:
                     break_real_device(args.break_device)

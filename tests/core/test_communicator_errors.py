@@ -61,6 +61,15 @@ def test_again_in_the_same_step_the_newest_checkpoint_is_next():
         assert "again in the same step of the same rank, after a retry" in order.reason
 
 
+def test_a_loss_that_is_told_late_explains_it_after_all():
+    job = training_job()
+    play(job, failed(0), now=10.0)
+    play(job, ClockTicked(), now=11.0)
+    assert job.unexplained == {7}
+    play(job, lost(B, 3), now=12.0)
+    assert job.unexplained == set()
+
+
 def test_progress_makes_it_another_story():
     job = training_job()
     job.unexplained.add(Step(7))

@@ -63,8 +63,11 @@ def routed() -> Iterator[Network]:
 
 @dataclass(frozen=True)
 class TwoNodes:
+    """``port`` is that of the controller."""
+
     first: Running
     second: Running
+    port: int
 
 
 @contextmanager
@@ -82,7 +85,7 @@ def two_nodes(job: Job, log_dir: Path, places: tuple[Place, Place] = (LOCAL, LOC
                 environment={**job.environment, **environment},
             )
             nodes.append(stack.enter_context(started(its_own, log_dir / str(node), place.prefix)))
-        yield TwoNodes(nodes[0], nodes[1])
+        yield TwoNodes(nodes[0], nodes[1], port)
 
 
 def free_port() -> int:

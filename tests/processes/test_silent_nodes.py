@@ -23,9 +23,17 @@ def pids_of(nodes: TwoNodes, ranks: Collection[int]) -> list[int]:
 
 def wait_until_gone(pids: list[int], within: float) -> None:
     deadline = time.monotonic() + within
-    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+    while left := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline, f"{left} are still there"
         time.sleep(0.005)
+
+
+def is_running(pid: int) -> bool:
+    """One that waits for somebody to take note of its end runs no more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def said(running: Running, timeout: float = 20.0) -> str:

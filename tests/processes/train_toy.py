@@ -6,6 +6,7 @@ import argparse
 import atexit
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--break-device", choices=("illegal access", "assert", "memory"), help="of a real device")
     parser.add_argument("--raise-in-plan", type=int, help="the same on this rank while it carries out a plan")
     parser.add_argument("--pretend-devices", action="store_true", help="each rank has one, at 0000:f0:0RANK of the bus")
+    parser.add_argument("--cut-mirror-at", type=int, default=-1, help="reset the connection to the host in this step")
     parser.add_argument("--mismatch-at", type=int, default=-1, help="it waits in this step for who never comes")
     parser.add_argument("--nap-at", type=int, default=-1, help="something long in this step, before any operation")
     parser.add_argument("--nap", type=float, default=8.0, help="how long, in seconds")
@@ -91,6 +93,8 @@ def main() -> None:
         if step == 0:
             time.sleep(args.slow_first)
         if args.only_rank in (None, session.rank):
+            if step == args.cut_mirror_at:
+                session._keeper._link._stream._sock.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
             if step == args.raise_at and (args.once is None or _is_first(args.once)):
                 if args.break_device is not None:
                     break_real_device(args.break_device)

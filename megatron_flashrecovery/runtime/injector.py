@@ -8,14 +8,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import torch.distributed as dist
 
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.detect.out_of_memory import why_no_limit
+from megatron_flashrecovery.detect.out_of_memory import headroom, why_no_limit
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
 from megatron_flashrecovery.runtime.injection import Fault, option
 from megatron_flashrecovery.runtime.moment import Moment
@@ -52,11 +52,14 @@ class Injector:
 
     def fire(self, order: InjectionOrder, step: Step) -> None:
         self._orders.remove(order)
-        self._channel.send(InjectionFired(order.index, time.time()))
+        self._announce(order)
         if Fault(order.kind) is Fault.SLOW:
             self._slowness = Slowness.of(order, step)
         else:
-            inflict(order)
+            inflict(order, lambda: self._announce(order))
+
+    def _announce(self, order: InjectionOrder) -> None:
+        self._channel.send(InjectionFired(order.index, time.time()))
 
 
 class Slowness:
@@ -84,8 +87,8 @@ class InjectedError(RuntimeError):
     """Of a script that was told to have a bug."""
 
 
-def inflict(order: InjectionOrder) -> None:
-    """On this process, by the thread that calls."""
+def inflict(order: InjectionOrder, announce: Callable[[], None]) -> None:
+    """On this process, by the thread that calls; ``announce`` again right before what takes a while to come."""
     match fault := Fault(order.kind):
         case Fault.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -108,7 +111,7 @@ def inflict(order: InjectionOrder) -> None:
         case Fault.EXIT:
             sys.exit(1)
         case Fault.OOM:
-            _take_all_memory()
+            _take_all_memory(announce)
         case Fault.HANG_COLLECTIVE:
             dist.barrier()
         case Fault.AGENT | Fault.DROP_HEARTBEATS | Fault.SLOW:
@@ -134,11 +137,13 @@ def _raise_in_handler(_number: int, _frame: FrameType | None) -> None:
     raise InjectedError("an exception in a signal handler that --inject asked for")
 
 
-def _take_all_memory() -> None:
+def _take_all_memory(announce: Callable[[], None]) -> None:
     """Until the limit of the control group is reached; nobody else in it is chosen."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     taken = []
     while (why := why_no_limit()) is None:
+        if headroom() < 2 * _CHUNK_NBYTES:
+            announce()
         taken.append(bytearray(_CHUNK_NBYTES))  # zeroed, and so really taken
     print(f"flashrecovery: the fault oom is given up: {why}", file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ from tests.processes.launcher import TOY, Job
 TIMES, EVERY, RANKS = 10, 10, 4
 ENDS = ("kill", "segv", "abort", "SIGBUS", "SIGFPE", "exception", "exit", "oom")
 HANGS = ("stop", "loop", "gil", "hang_collective")
-LIMIT_NBYTES = 3 << 30
+LIMIT_NBYTES = 3 << 29
 """Of the control group in which the fault ``oom`` happens."""
 CALM_STEPS = 2000
 CALM = (

@@ -41,13 +41,18 @@ class OutOfMemory:
 
 def why_no_limit(root: Path = _ROOT, own: Path = _OWN, memory: Path = _MEMORY) -> str | None:
     """Why the control group of this process would not stop it before the machine is full; ``None``: it would."""
-    headrooms = [room for path in _levels(root, own) if (room := _headroom(path)) is not None]
-    if not headrooms:
+    room = headroom(root, own)
+    if room == _UNLIMITED:
         return "there is no memory limit: run the job in a control group with one"
     total, available = _meminfo(memory, "MemTotal"), _meminfo(memory, "MemAvailable")
-    if min(headrooms) > available - total // 10:
+    if room > available - total // 10:
         return "the machine would be full before the memory limit is reached: set a lower one"
     return None
+
+
+def headroom(root: Path = _ROOT, own: Path = _OWN) -> int:
+    """Bytes up to the nearest limit of the control groups of this process."""
+    return min((room for path in _levels(root, own) if (room := _headroom(path)) is not None), default=_UNLIMITED)
 
 
 def _headroom(group: Path) -> int | None:

@@ -302,7 +302,7 @@ class Agent:
                 noted, is_its_end = self.injections.note_fired(message)
                 if is_its_end:
                     self._inquest.note_announced(worker.id, message.time)
-                told.append(noted)
+                told += noted
             case _:
                 raise AssertionError(f"{worker.id} said {message}")
 

@@ -50,9 +50,12 @@ class Injections:
             if injection.rank in self._ranks and index not in self._fired
         ]
 
-    def note_fired(self, fired: InjectionFired) -> tuple[InjectionNoted, bool]:
-        """Said by the worker: for the record, and whether it ends by it. What concerns the agent is done now."""
+    def note_fired(self, fired: InjectionFired) -> tuple[list[InjectionNoted], bool]:
+        """Said by the worker, perhaps more than once: for the record, and whether it ends by it. What is the
+        agent's part is done now."""
         injection = self._asked_for[fired.index]
+        if fired.index in self._fired:
+            return [], not KINDS[injection.fault].is_survived
         self._fired.add(fired.index)
         match injection.fault:
             case Fault.AGENT:
@@ -61,7 +64,7 @@ class Injections:
                 seconds = option(injection.fault, injection.options, "seconds")
                 self._mute_until = time.monotonic() + float(seconds)
         noted = InjectionNoted(injection.rank, str(injection), fired.time)
-        return noted, not KINDS[injection.fault].is_survived
+        return [noted], not KINDS[injection.fault].is_survived
 
     def are_heartbeats_dropped(self) -> bool:
         return time.monotonic() < self._mute_until

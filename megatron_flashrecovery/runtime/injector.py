@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.core.ids import Step
-from megatron_flashrecovery.detect.out_of_memory import why_no_limit
+from megatron_flashrecovery.detect.out_of_memory import headroom, why_no_limit
 from megatron_flashrecovery.runtime.broken_device import break_device
 from megatron_flashrecovery.runtime.dialogue import InjectionFired, InjectionOrder
 from megatron_flashrecovery.runtime.injection import OF_TENSORS, Fault, is_always, option
@@ -62,7 +62,7 @@ class Injector:
     def fire(self, order: InjectionOrder, step: Step, tensor: torch.Tensor | None = None) -> None:
         if not is_always(order.options):
             self._orders.remove(order)
-        self._channel.send(InjectionFired(order.index, time.time()))
+        self._announce(order)
         match fault := Fault(order.kind):
             case Fault.SLOW:
                 self._slowness = Slowness.of(order, step)
@@ -73,7 +73,10 @@ class Injector:
             case _ if tensor is not None and fault in OF_TENSORS:
                 damage(fault, tensor)
             case _:
-                inflict(order)
+                inflict(order, lambda: self._announce(order))
+
+    def _announce(self, order: InjectionOrder) -> None:
+        self._channel.send(InjectionFired(order.index, time.time()))
 
 
 class Slowness:
@@ -101,8 +104,8 @@ class InjectedError(RuntimeError):
     """Of a script that was told to have a bug."""
 
 
-def inflict(order: InjectionOrder) -> None:
-    """On this process, by the thread that calls."""
+def inflict(order: InjectionOrder, announce: Callable[[], None]) -> None:
+    """On this process, by the thread that calls; ``announce`` again right before what takes a while to come."""
     match fault := Fault(order.kind):
         case Fault.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -125,7 +128,7 @@ def inflict(order: InjectionOrder) -> None:
         case Fault.EXIT:
             sys.exit(1)
         case Fault.OOM:
-            _take_all_memory()
+            _take_all_memory(announce)
         case Fault.HANG_COLLECTIVE:
             dist.barrier()
         case Fault.AGENT | Fault.DROP_HEARTBEATS | Fault.SLOW:
@@ -153,11 +156,13 @@ def _raise_in_handler(_number: int, _frame: FrameType | None) -> None:
     raise InjectedError("an exception in a signal handler that --inject asked for")
 
 
-def _take_all_memory() -> None:
+def _take_all_memory(announce: Callable[[], None]) -> None:
     """Until the limit of the control group is reached; nobody else in it is chosen."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     taken = []
     while (why := why_no_limit()) is None:
+        if headroom() < 2 * _CHUNK_NBYTES:
+            announce()
         taken.append(bytearray(_CHUNK_NBYTES))  # zeroed, and so really taken
     print(f"flashrecovery: the fault oom is given up: {why}", file=sys.stderr, flush=True)

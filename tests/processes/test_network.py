@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.processes.conftest import Equal, Undisturbed
@@ -43,8 +44,10 @@ def test_a_connection_for_mirrors_that_is_reset_is_made_again_and_nobody_notices
 def test_a_control_connection_that_is_reset_is_a_lost_node_and_both_sides_say_so_at_once(tmp_path: Path) -> None:
     with two_nodes(Job(ranks=2, arguments=("--steps", "1000000")), tmp_path) as nodes:
         nodes.first.wait_for(lambda: nodes.first.steps_done() > 5, "some steps")
+        found = psutil.Process(nodes.second.process.pid).net_connections("tcp")
+        (own_port,) = [each.laddr.port for each in found if each.raddr and each.raddr.port == nodes.port]
         began = time.time()
-        reset = subprocess.run(["ss", "-K", "-t", "dport", "=", str(nodes.port)], capture_output=True, text=True)
+        reset = subprocess.run(["ss", "-K", "-t", "sport", "=", str(own_port)], capture_output=True, text=True)
         if "ESTAB" not in reset.stdout:
             pytest.skip(f"connections cannot be reset from outside: {reset.stderr}")
         words = [node.process.communicate(timeout=30)[0] for node in (nodes.first, nodes.second)]

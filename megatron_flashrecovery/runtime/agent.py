@@ -151,7 +151,7 @@ class Agent:
             case node_messages.Inject():
                 self._inject(order)
             case signal.Signals():
-                self._farewell.pass_on(order)
+                self._dismissal = self._farewell.pass_on(order) or self._dismissal
             case node_messages.Dismiss():
                 self._dismissal = order
             case _:

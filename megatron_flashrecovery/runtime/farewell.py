@@ -30,16 +30,20 @@ class Farewell:
         self._departures = departures
         self._end_by: float | None = None
 
-    def pass_on(self, number: signal.Signals) -> None:
-        """To the workers alone: what they have started is theirs to end."""
+    def pass_on(self, number: signal.Signals) -> Dismiss | None:
+        """To the workers alone: what they have started is theirs to end. Returns what to end the job with, if there are
+        none yet."""
         self._departures.passed_on = number
         seated = list(self._workers.seated())
+        if not seated:
+            return Dismiss(f"told to end by {number.name} before any worker had started", 1)
         for _rank, worker in seated:
             self._workers.tell(worker, number)
         self._control.send(SignalPassedOn(self._node, number.name, len(seated)))
         self._end_by = time.monotonic() + self._patience
         said = f"passed on to {len(seated)} workers, which have {self._patience:g} s to end by themselves"
         print(f"flashrecovery: {number.name}: {said}; a second signal ends them at once", file=sys.stderr, flush=True)
+        return None
 
     def out_of_patience(self) -> Dismiss | None:
         """What to end the job with, if some worker has taken too long."""

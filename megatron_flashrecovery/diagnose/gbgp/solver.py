@@ -3,7 +3,7 @@
 From x = 0, each round: project the gradient of each block on a connected set (head), raise the objective within these
 sets, project what came out on a connected set again (tail). Jie, Wang, Chen, Li, Wu: Block-Structured Optimization for
 Subgraph Detection in Interdependent Networks, ICDM 2019. Which of the three variants that paper means is not known
-here; ``mp`` is the best of them by far.
+here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Variant(enum.Enum):
     MP = "mp"
     """Matching pursuit: the objective is raised over the head and the present support."""
     IHT = "iht"
-    """Iterative hard thresholding: one gradient step inside the head. Cheap rounds, but hundreds of them."""
+    """Iterative hard thresholding: one gradient step inside the head. Many rounds, and still behind the others."""
     GHTP = "ghtp"
     """Hard thresholding pursuit: the objective is raised over the support that such a step leads to."""
 

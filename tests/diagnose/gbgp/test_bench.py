@@ -37,6 +37,12 @@ def test_the_methods_are_tried_on_the_same_instance():
     assert gbgp.table(samples).row_count == 3
 
 
+def test_the_growth_of_time_is_a_power_of_the_size():
+    sizes = (*gbgp._SIZES, gbgp._LARGE)
+    samples = {f"network of networks, mu 5, {n}, mp, CPU seconds": [1.0, n**1.5, 1e9] for n in sizes}
+    assert gbgp._growth(samples) == pytest.approx(1.5)
+
+
 def test_the_first_example_of_the_document_runs(capsys):
     example = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[0]
     made = planted.evolving(mu=6, seed=0)

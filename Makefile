@@ -50,7 +50,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(RUN) -m pip install --disable-pip-version-check --progress-bar off "$(TORCH)"
-	$(RUN) -m pip install --disable-pip-version-check --progress-bar off -e ".[megatron,test]"
+	$(RUN) -m pip install --disable-pip-version-check --progress-bar off -e ".[megatron,diagnose,test]"
 	@touch $(STAMP)
 
 clean:

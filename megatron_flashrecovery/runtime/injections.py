@@ -51,8 +51,8 @@ class Injections:
         ]
 
     def note_fired(self, fired: InjectionFired) -> tuple[list[InjectionNoted], bool]:
-        """Said by the worker, perhaps more than once: for the record, and whether it ends by it. What is the
-        agent's part is done now."""
+        """Said by the worker, perhaps more than once; the agent's part is done now. For the record, and whether the
+        worker ends by it."""
         injection = self._asked_for[fired.index]
         if fired.index in self._fired:
             return [], not KINDS[injection.fault].is_survived

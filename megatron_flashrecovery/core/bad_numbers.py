@@ -21,8 +21,6 @@ from megatron_flashrecovery.core.response import Mishap, respond
 from megatron_flashrecovery.core.staffing import fall_back, halt, open_epoch
 
 _SHOWN = 8
-_TOO_OFTEN = 2
-"""Suspicions: once may be chance, and a device that is suspected again is not used any more."""
 
 
 def note_numbers(job: Job, event: NumbersBad, now: float) -> list[Command]:
@@ -41,7 +39,7 @@ def note_numbers(job: Job, event: NumbersBad, now: float) -> list[Command]:
     alarm.own.update(event.own)
     alarm.findings.update(event.findings)
     if numbers.times[alarm.step] == 1:
-        numbers.own[alarm.step], numbers.what[alarm.step] = dict(alarm.own), alarm.what
+        numbers.what[alarm.step] = alarm.what
     return check_numbers(job, now)
 
 
@@ -55,7 +53,9 @@ def check_numbers(job: Job, now: float) -> list[Command]:
 
 def note_sound(job: Job, event: NumbersSound, now: float) -> list[Command]:
     suspect = end_of_step(job, event.step)
-    if suspect is None or not isinstance(job.phase, Training) or job.history(now, suspect).suspicions < _TOO_OFTEN:
+    if suspect is None or not isinstance(job.phase, Training):
+        return []
+    if decide(Fault.BAD_NUMBERS, job.history(now, suspect)).action is not Action.REPLACE_NODE:
         return []
     cause = f"its numbers were bad in step {event.step}, and not when it was computed again, as before"
     mishaps = {suspect: Mishap(Fault.BAD_NUMBERS, cause)}
@@ -73,7 +73,7 @@ def end_of_step(job: Job, step: Step) -> Rank | None:
     suspect = next(iter(own)) if len(own) == 1 else None
     outcome = "did not come again"
     if suspect is not None:
-        job.suspect(suspect)
+        job.suspicions[numbers.nodes[step][suspect], suspect] += 1
         outcome += f", so the device of rank {suspect} is suspected"
     elif own:
         outcome += f"; it had spread over rank {_names(own)} before anybody looked, so no device is suspected"
@@ -84,6 +84,10 @@ def end_of_step(job: Job, step: Step) -> Rank | None:
 def _decide(job: Job, alarm: Alarm, now: float) -> list[Command]:
     numbers, step = job.numbers, alarm.step
     times = numbers.times[step]
+    if times == 1:
+        # Only now: of an alarm that a loss cuts short nobody knows whose numbers were bad as well.
+        numbers.own[step] = dict(alarm.own)
+        numbers.nodes[step] = {rank: job.seats.node_of[rank] for rank in alarm.own}
     history = replace(
         job.history(now),
         again=times > 1,

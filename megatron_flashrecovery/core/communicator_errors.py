@@ -12,6 +12,7 @@ from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Command, OperationsFailed
 from megatron_flashrecovery.core.phases import Executing, Starting, Training
 from megatron_flashrecovery.core.policy import Action, Fault, decide
+from megatron_flashrecovery.core.response import plan_anew
 from megatron_flashrecovery.core.staffing import fall_back, open_epoch, restart
 
 _SHOWN = 4
@@ -33,8 +34,7 @@ def check_failures(job: Job, now: float) -> list[Command]:
     shown = "; ".join(f"rank {rank}: {what}" for rank, what in sorted(breaks.failed.items())[:_SHOWN])
     why = f"communication failed in step {breaks.step}, and no rank was lost: {shown}"
     if isinstance(job.phase, Executing):
-        job.rounds += 1
-        return open_epoch(job, {}, why, now)
+        return plan_anew(job, why, now)
     rule = decide(Fault.COMMUNICATOR_ERROR, replace(job.history(now), again=breaks.step in job.unexplained))
     job.unexplained.add(breaks.step)
     match rule.action:

@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_flashrecovery.core.findings import PeersDiffered
-from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.core.ids import Epoch, Rank
 from megatron_flashrecovery.core.job import SETTLED_AFTER, Job
-from megatron_flashrecovery.core.messages import Command
-from megatron_flashrecovery.core.phases import Training
+from megatron_flashrecovery.core.messages import Command, Fence
+from megatron_flashrecovery.core.phases import Starting
 from megatron_flashrecovery.core.policy import Action, Fault, decide
-from megatron_flashrecovery.core.staffing import fall_back
+from megatron_flashrecovery.core.staffing import fall_back, halt
 
 _SHOWN = 4
 
 
 def note_difference(job: Job, event: PeersDiffered, now: float) -> list[Command]:
     """It is decided a moment later: the host and the guest of an odd one see it at about the same time."""
-    if not isinstance(job.phase, Training):
+    if isinstance(job.phase, Starting):
         return []
     if not job.differing:
         job.differing_since = now
@@ -39,9 +39,16 @@ def check_differences(job: Job, now: float) -> list[Command]:
         job.suspect(odd)
     rule = decide(Fault.CORRUPTION, job.history(now, odd))
     why = describe(events, odd)
-    if rule.action in (Action.REPLACE_NODE, Action.STOP):
-        why += f"; {rule.when}: leave {job.seats.node_of[odd or events[0].rank]} out of the next start"
-    return fall_back(job, why, now)
+    if odd is None or rule.action is Action.FALL_BACK:
+        return fall_back(job, why, now)
+    node = job.seats.node_of[odd]
+    why += f"; {rule.when}: {node} is left out"
+    if rule.action is Action.STOP:
+        return halt(job, f"{why}: start the job again without it")
+    fence = Fence(node, tuple(sorted(job.seats.ranks_on[node])), why, Epoch(job.epoch + 1), Fault.CORRUPTION)
+    job.capacity.pop(node, None)
+    job.seats.evict(node)
+    return [fence, *fall_back(job, why, now)]
 
 
 def odd_one_out(events: Iterable[PeersDiffered]) -> Rank | None:

@@ -15,8 +15,8 @@ from megatron_flashrecovery.core.messages import Command
 from megatron_flashrecovery.core.overdue import LOOK_AGAIN, overdue_ranks, stopped_for_good
 from megatron_flashrecovery.core.phases import Draining, Executing, Staffing, Starting, Training
 from megatron_flashrecovery.core.policy import Action, Fault, decide
-from megatron_flashrecovery.core.response import Mishap, respond
-from megatron_flashrecovery.core.staffing import fall_back, halt, open_epoch
+from megatron_flashrecovery.core.response import Mishap, plan_anew, respond
+from megatron_flashrecovery.core.staffing import halt
 
 
 def check_deadlines(job: Job, now: float) -> list[Command]:
@@ -27,7 +27,7 @@ def check_deadlines(job: Job, now: float) -> list[Command]:
             return _stop_without_room(job, job.seats.homeless, now)
         case Executing(deadline=deadline, executed=executed) if now >= deadline:
             late = [rank for rank in job.seats.node_of if rank not in executed]
-            return _plan_anew(job, f"rank {_names(late)} did not execute the plan in time", now)
+            return plan_anew(job, f"rank {_names(late)} did not execute the plan in time", now)
         case Draining() | Staffing() as phase:
             late_joiners = [rank for rank, due in phase.joining.items() if now >= due]
             if homeless := job.seats.homeless.intersection(late_joiners):
@@ -65,13 +65,6 @@ def _fence_late(job: Job, late: Iterable[Rank], what: str, now: float) -> list[C
     ranks = sorted(late)
     mishaps = dict.fromkeys(ranks, Mishap(Fault.DEADLINE, what))
     return respond(job, mishaps, f"rank {_names(ranks)} {what}", now, fenced=ranks)
-
-
-def _plan_anew(job: Job, why: str, now: float) -> list[Command]:
-    job.rounds += 1
-    if decide(Fault.DEADLINE, job.history(now)).action is Action.PLAN_ANEW:
-        return open_epoch(job, {}, why, now)
-    return fall_back(job, f"{job.rounds} deadlines missed in one recovery, the last: {why}", now)
 
 
 def _stop_without_room(job: Job, homeless: Iterable[Rank], now: float) -> list[Command]:

@@ -144,6 +144,9 @@ class Job:
         self.unexplained: set[Step] = set()
         """The steps in which operations failed although nobody was lost."""
         self.numbers = Numbers()
+        self.differing: dict[tuple[Rank, Rank], PeersDiffered] = {}
+        self.differing_since = 0.0
+        """When the first of these peers said that they hold different parameters. No recovery makes that untrue."""
         self.base = Epoch(0)
         self.staffed: dict[Rank, Epoch] = {}
         """The epoch that the worker of a seat was started for, if it is later than ``base``."""
@@ -163,9 +166,6 @@ class Job:
         self.own_times = OwnTimes()
         self.breaks = Breaks()
         self.numbers.alarm = None
-        self.differing: dict[tuple[Rank, Rank], PeersDiffered] = {}
-        self.differing_since = 0.0
-        """When the first of these peers said that they hold different parameters."""
         self.lost: set[Rank] = set()
         """Seats vacated since everybody last trained."""
         self.vault: dict[Rank, tuple[Step, ...]] = {}

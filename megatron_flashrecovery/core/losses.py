@@ -8,9 +8,9 @@ from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Command, Loss, NodeLost, PlanFailed, WorkersLost
 from megatron_flashrecovery.core.phases import Draining, Executing, Staffing
-from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.policy import Action, Fault, decide
 from megatron_flashrecovery.core.response import SHOWN, Mishap, respond
-from megatron_flashrecovery.core.staffing import halt
+from megatron_flashrecovery.core.staffing import fall_back, halt
 
 _NO_OTHER_NODE = "a node cannot be replaced yet: start the job again without it, from its newest checkpoint"
 
@@ -29,6 +29,8 @@ def lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
         job.gone.add(loss.worker)
         if loss.fault is Fault.DEVICE_POISONED and (was_fenced or not is_known):
             _distrust(job, loss.rank)
+        if was_fenced and is_known and Mishap(loss.fault, loss.cause, raised=loss.raised).suspects_a_device:
+            job.suspect(loss.rank)
         if not is_known:
             news[loss.rank] = loss
             job.vault[loss.rank] = kept
@@ -65,6 +67,9 @@ def give_up_rank(job: Job, event: PlanFailed, now: float) -> list[Command]:
         return []
     if not isinstance(job.phase, Executing):
         return []
+    if event.fault is Fault.CORRUPTION and decide(event.fault, job.history(now)).action is Action.FALL_BACK:
+        # To end whoever spoke first would copy the state of the other one, be it right or wrong.
+        return fall_back(job, f"rank {event.rank}: {event.reason}", now)
     job.gone.add(event.worker)
     if (origin := job.phase.plan.origin_of.get(event.rank)) is not None:
         job.failed[event.rank, origin, job.phase.plan.resume_step] += 1

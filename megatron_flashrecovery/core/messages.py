@@ -155,13 +155,15 @@ class PlanExecuted:
 
 @dataclass(frozen=True)
 class PlanFailed:
-    """A rank could not execute its share: it is as good as lost, and says why."""
+    """A rank could not execute its share: it is as good as lost, and says why. Of ``CORRUPTION`` nobody knows whose
+    fault it is: data-parallel peers hold different parameters behind it."""
 
     node: NodeId
     epoch: Epoch
     rank: Rank
     worker: WorkerId
     reason: str
+    fault: Fault = Fault.PLAN_FAILED
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_flashrecovery.core.findings import Finding
-from megatron_flashrecovery.core.ids import Rank, Step
+from megatron_flashrecovery.core.ids import NodeId, Rank, Step
 from megatron_flashrecovery.core.policy import NanChoice
 
 SPIKE_MULTIPLE = 10.0
@@ -57,6 +57,7 @@ class Numbers:
     times: Counter[Step] = field(default_factory=Counter)
     what: dict[Step, str] = field(default_factory=dict)
     own: dict[Step, Mapping[Rank, str]] = field(default_factory=dict)
+    nodes: dict[Step, Mapping[Rank, NodeId]] = field(default_factory=dict)
     skipped: set[Step] = field(default_factory=set)
     fell_back: set[Step] = field(default_factory=set)
     ended: list[BadStep] = field(default_factory=list)

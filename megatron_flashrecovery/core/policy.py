@@ -130,6 +130,10 @@ MISSED_OFTEN: Condition = (
 )
 STARTING: Condition = ("before every rank has come to its first step", lambda history: history.is_starting)
 SUSPECTED: Condition = ("its device was suspected before", lambda history: history.suspicions > 1)
+SUSPECTED_WITH_ROOM: Condition = (
+    "its device was suspected before, and another node has room",
+    lambda history: history.suspicions > 1 and history.has_room,
+)
 SUSPECTED_WITHOUT_ROOM: Condition = (
     "its device was suspected before, and no other node has room",
     lambda history: history.suspicions > 1 and not history.has_room,
@@ -209,7 +213,7 @@ POLICY: Sequence[Rule] = (
     Rule(Fault.NODE_LOST, LOST_OFTEN[0], Action.FALL_BACK, LOST_OFTEN[1]),
     Rule(Fault.NODE_LOST, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),
     Rule(Fault.NODE_LOST, ALWAYS, Action.REPLACE_NODE),
-    *_suspects(Fault.BAD_NUMBERS),
+    Rule(Fault.BAD_NUMBERS, SUSPECTED_WITH_ROOM[0], Action.REPLACE_NODE, SUSPECTED_WITH_ROOM[1]),
     Rule(
         Fault.BAD_NUMBERS,
         "again on the same data, and --flash-recovery-nan skip",

@@ -64,6 +64,14 @@ def respond(
     return orders + open_epoch(job, {rank: mishap.cause for rank, mishap in mishaps.items()}, why, now)
 
 
+def plan_anew(job: Job, why: str, now: float) -> list[Command]:
+    """A plan that was not executed: stop everybody and make another one, but not for ever."""
+    job.rounds += 1
+    if decide(Fault.DEADLINE, job.history(now)).action is Action.PLAN_ANEW:
+        return open_epoch(job, {}, why, now)
+    return fall_back(job, f"{job.rounds} deadlines missed in one recovery, the last: {why}", now)
+
+
 def _fence(job: Job, mishaps: Mapping[Rank, Mishap], fenced: Sequence[Rank], why: str) -> list[Command]:
     """End workers for good; what they leave is heard of from their agents."""
     orders: list[Command] = []

@@ -99,6 +99,7 @@ def restart(job: Job, reason: str, now: float) -> list[Command]:
     job.last_resume = job.newest_kept = None
     job.deadlocks.clear()
     job.unexplained.clear()
+    job.differing.clear()
     job.begin_anew()
     job.seats.forget()
     skip = job.numbers.to_skip(job.checkpoint or Step(0))

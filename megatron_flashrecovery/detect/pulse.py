@@ -257,6 +257,7 @@ class PulseReader:
         self._page = page
         self._memory = mmap.mmap(page, PAGE_NBYTES, prot=mmap.PROT_READ)
         self._head = memoryview(self._memory)[_HEAD_AT : _HEAD_AT + 8].cast("Q")
+        self._beat = (0.0, 0.0)
 
     def read(self) -> Reading | None:
         """Nothing if nothing was written yet, or if it is being written just now."""
@@ -270,12 +271,14 @@ class PulseReader:
             if not first == again == number:
                 continue
             beat, longest_pause = _BEAT.unpack_from(self._memory, 0)
-            if not number or not beat:
+            if beat:
+                self._beat = beat, longest_pause  # else it is in the middle of being written, perhaps for ever
+            if not number or not self._beat[0]:
                 return None
             step, seen, was_timed, doing, *spent = _ACTIVITY.unpack_from(slot, _ACTIVITY_AT)
             said = _text(doing), Step(step), _text(where)
             told = Spent(*spent), self._read_device()
-            return Reading(beat, longest_pause, *said, since, longest, seen, was_timed, *told)
+            return Reading(self._beat[0], self._beat[1], *said, since, longest, seen, was_timed, *told)
         return None
 
     def _read_device(self) -> OnDevice | None:

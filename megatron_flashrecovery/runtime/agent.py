@@ -279,8 +279,8 @@ class Agent:
             case dialogue.Executed(epoch=epoch, seconds=seconds):
                 told.append(node_messages.ExecutionNoted(rank, epoch, seconds, time.time()))
                 told.append(core.PlanExecuted(self._node, epoch, (rank,)))
-            case dialogue.Failed(epoch=epoch, reason=reason):
-                told.append(core.PlanFailed(self._node, epoch, rank, worker.id, reason))
+            case dialogue.Failed(epoch=epoch, reason=reason, fault=fault):
+                told.append(core.PlanFailed(self._node, epoch, rank, worker.id, reason, fault))
             case dialogue.Finished(epoch=epoch, steps=steps, state_sha256=sha256):
                 told.append(node_messages.FinalNoted(rank, steps, sha256))
                 told.append(core.RanksFinished(self._node, epoch, (rank,)))

@@ -20,6 +20,7 @@ from megatron_flashrecovery.core.coordinator import Job, handle
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId
 from megatron_flashrecovery.core.liveness import overdue
+from megatron_flashrecovery.core.phases import Finished
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.chronicle import Chronicle
 from megatron_flashrecovery.runtime.injection import Injection
@@ -46,6 +47,7 @@ class Controller:
         self._spool = spool
         self._outbox: dict[NodeId, asyncio.Queue[object]] = {}
         self._last_heard: dict[NodeId, float] = {}
+        self._looked = 0.0
         self._known: set[NodeId] = set()
         self._done: set[NodeId] = set()
         self._failures: list[str] = []
@@ -68,13 +70,8 @@ class Controller:
         self._end(node_messages.Dismiss("the launcher ended", 1))
 
     async def _tick(self) -> None:
-        last = time.monotonic()
+        self._looked = time.monotonic()
         while not self._over.is_set():
-            now = time.monotonic()
-            if now - last > _PAUSE:
-                # This process was stopped or starved: nobody could be heard, so nobody was silent.
-                self._last_heard = {node: heard + (now - last) for node, heard in self._last_heard.items()}
-            last = now
             self._apply(core.ClockTicked())
             self._chronicle.remind(self._job, time.monotonic())
             self._check_silence()
@@ -142,12 +139,15 @@ class Controller:
             case node_messages.StartRefused(reason=reason):
                 self._end(node_messages.Dismiss(reason, 2))
             case node_messages.NodeDone(node=node, failure=failure):
-                self._done.add(node)
-                self._failures += [failure] if failure else []
-                if len(self._done) == self._config.nnodes:
-                    self._end(node_messages.Dismiss("; ".join(self._failures), 1 if self._failures else 0))
+                self._note_done(node, failure)
             case _:
                 self._chronicle.note(message)
+
+    def _note_done(self, node: NodeId, failure: str) -> None:
+        self._done.add(node)
+        self._failures += [failure] if failure else []
+        if len(self._done) == self._config.nnodes:
+            self._end(node_messages.Dismiss("; ".join(self._failures), 1 if self._failures else 0))
 
     def _apply(self, event: core.Event) -> None:
         now = time.monotonic()
@@ -199,8 +199,13 @@ class Controller:
 
     def _check_silence(self) -> None:
         """Node 0 is this process: if it does not answer, neither do we."""
+        now = time.monotonic()
+        gap, self._looked = now - self._looked, now
+        if gap > _PAUSE:
+            # This process was stopped, starved or stuck on its disk: nobody could be heard, so nobody was silent.
+            self._last_heard = {node: last + gap for node, last in self._last_heard.items()}
         heard = {node: last for node, last in self._last_heard.items() if node != _LOCAL}
-        for node in overdue(heard, time.monotonic(), self._config.deadlines.heartbeat_timeout):
+        for node in overdue(heard, now, self._config.deadlines.heartbeat_timeout):
             self._lose_node(node, f"nothing heard from its agent for {self._config.deadlines.heartbeat_timeout} s")
 
     def _lose_node(self, node: NodeId, cause: str) -> None:
@@ -209,3 +214,6 @@ class Controller:
         if outbox is not None:
             outbox.put_nowait(node_messages.Dismiss(f"this node was given up: {cause}", 1, at_once=True))
             self._apply(core.NodeLost(node, cause))
+            if isinstance(self._job.phase, Finished):
+                # Its workers had finished, and nobody hears any more how they have left.
+                self._note_done(node, f"{node} was lost behind the last step: {cause}")

@@ -51,8 +51,7 @@ class DeviceWatch:
 
     def note_device(self, rank: Rank, device: str) -> None:
         """A worker has said on which it computes, by place or UUID; on none, if it is empty."""
-        if device:
-            self._said[rank] = device
+        self._said[rank] = device
 
     def look(self, seated: Sequence[Worker], ended: Sequence[Worker]) -> list[tuple[Worker, str]]:
         """Who is to be ended, and for what. Those that have just ended by themselves, perhaps of what the log has by
@@ -97,6 +96,8 @@ class DeviceWatch:
 
     def _device_of(self, local: int, rank: Rank) -> str | None:
         said = self._said.get(rank)
+        if said == "":
+            return None
         if said is not None and ":" in said:
             return place_on_bus(said)
         return device_of(local, self._visible if said is None else said, self._probe.devices)

@@ -70,6 +70,7 @@ class Executed:
 class Failed:
     epoch: Epoch
     reason: str
+    fault: Fault = Fault.PLAN_FAILED
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,7 @@ _NAMED: Mapping[str, tuple[Fault, Mapping[str, str]]] = {
     "ASYNC_EXC": (Fault.EXCEPTION, {"how": "async"}),
     "SIGNAL_EXC": (Fault.EXCEPTION, {"how": "signal"}),
 }
+_MOST = 1 << 31
 _FORM = "kill:rank=5,step=6,at=backward"
 
 
@@ -251,7 +252,7 @@ def _key_and_value(spec: str, part: str) -> tuple[str, str]:
 
 
 def _whole_number(spec: str, key: str, text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
+    if not text.isdecimal() or not least <= int(text) < _MOST:
         raise _wrong(spec, f"{key}={text} is no whole number from {least} on")
     return int(text)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import WorkerId
-from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.policy import SUSPECTS_A_DEVICE, Fault
 from megatron_flashrecovery.detect.out_of_memory import OutOfMemory
 from megatron_flashrecovery.runtime.device_watch import DeviceWatch
 from megatron_flashrecovery.runtime.node_messages import DeathNoted, LastWords
@@ -53,6 +53,8 @@ class Inquest:
         death = DeathNoted(rank, worker.pid or 0, time.time(), announced)
         words = self._watch.last_words(rank, worker.id)
         cause, fault = self._fenced.pop(worker.id) if worker.id in self._fenced else self._cause(end, words)
+        if words.fault in SUSPECTS_A_DEVICE:
+            fault = words.fault  # whatever it was ended for in the end
         fault = self._devices.fault_of(worker.id, fault)
         loss = core.Loss(rank, worker.id, cause, worker.seat.epoch, words.step, words.raised, fault)
         return Finding(loss, (death, words))

@@ -17,6 +17,7 @@ from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
 from megatron_flashrecovery.core.member import CarryOut, GetOutOfTheWay, GoOn, Leave, Member, Mode, SayReady, StandStill
+from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.reports import Report, Spot, Standing
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime import dialogue
@@ -100,13 +101,14 @@ class Line:
             return True
 
     def say_operation_failed(self, spot: Spot, error: Exception) -> None:
-        self._say_what_failed(f"{spot.operation} of {spot.group} failed: {str(error).splitlines()[0]}")
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        self._say_what_failed(f"{spot.operation} of {spot.group} failed: {first_line}")
 
     def _say_what_failed(self, what: str) -> None:
         self._channel.send(dialogue.OperationFailed(self.epoch, Step(self._progress.completed + 1), what))
 
-    def say_failed(self, epoch: Epoch, reason: str) -> None:
-        self._channel.send(dialogue.Failed(epoch, reason))
+    def say_failed(self, epoch: Epoch, reason: str, fault: Fault) -> None:
+        self._channel.send(dialogue.Failed(epoch, reason, fault))
 
     def say_step(self, step: Step, record: StepRecord, seconds: float) -> None:
         """Only the last rank does: everybody would say the same."""
@@ -198,6 +200,7 @@ class Line:
                 assert isinstance(message, core.ExecutePlan)
                 self._lot.execute(message)
             case GoOn():
+                self._errors_told.clear()  # what was told during the recovery may be forgotten with it
                 self._lot.resume()
             case Leave():
                 self._lot.release()

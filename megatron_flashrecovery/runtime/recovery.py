@@ -20,6 +20,7 @@ from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core.errors import FlashRecoveryError, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.messages import ExecutePlan
+from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.reports import Update
 from megatron_flashrecovery.core.shares import Share, Source
 from megatron_flashrecovery.detect.exceptions import leaves_device_unusable
@@ -106,7 +107,8 @@ class Recovery:
                 raise  # nothing can be restored into it: another process is refilled from the own copy
             # Somebody else's death looks like this too: then the order to park is on its way, and says so better.
             if not self._lot.stops_within(_GRACE):
-                self._line.say_failed(plan.epoch, f"{type(error).__name__}: {error}")
+                fault = Fault.CORRUPTION if isinstance(error, PeersDisagree) else Fault.PLAN_FAILED
+                self._line.say_failed(plan.epoch, f"{type(error).__name__}: {error}", fault)
             self._lot.wait_until_over()
         else:
             self._line.say_executed(plan.epoch, self._seconds)

@@ -7,6 +7,7 @@ from typing import NoReturn
 from megatron_flashrecovery.comm.channel import Channel
 from megatron_flashrecovery.core.findings import Finding
 from megatron_flashrecovery.core.ids import Step
+from megatron_flashrecovery.core.job import SETTLED_AFTER
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.choices import Choices
 from megatron_flashrecovery.runtime.line import Line
@@ -44,7 +45,9 @@ class Refusal:
         step = Step(self._progress.completed + 1)
         said = dialogue.UpdateRefused(self._line.epoch, step, what, own, finding, self._choices.nan)
         self._channel.send(said)
-        self._lot.wait_until(lambda: False, f"the job to stop: {what} in step {step}", self._seat.drain_timeout)
+        self._lot.wait_until(
+            lambda: False, f"the job to stop: {what} in step {step}", self._seat.drain_timeout + SETTLED_AFTER
+        )
         raise NoRecovery(f"{what} in step {step}, and the job goes on")
 
     def completed(self, step: Step) -> None:

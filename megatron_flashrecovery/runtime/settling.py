@@ -16,6 +16,7 @@ from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.mirroring import NoHost, Placement, place_mirrors
+from megatron_flashrecovery.detect.cuda import place_of
 from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
@@ -115,6 +116,7 @@ def description(
         groups={key: members for key, members in members_of.items() if members[0] == rank},
         unique_nbytes=sum(piece.nbytes for piece in ownership.unique()),
         warning="; ".join(berth.warnings) or None,
+        device=place_of(framework.tensor_pieces()[0].tensor.device),
     )
 
 

@@ -11,6 +11,7 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +50,18 @@ class Spool:
         except OSError:
             return
         for entry in found:
-            if (spec := _read(self._path / entry)) is not None:
-                (self._path / entry).unlink(missing_ok=True)
+            try:
+                spec = _read(self._path / entry)
+                if spec is not None:
+                    (self._path / entry).unlink(missing_ok=True)
+            except OSError:
+                return  # a disk that fails is no reason to stop training; who has asked gets no answer
+            if spec is not None:
                 yield Request(entry.removesuffix(_REQUEST), spec)
 
     def answer(self, name: str, refusal: str, text: str = "") -> None:
-        _appear(self._path, name + _ANSWER, refusal or _OK + text)
+        with suppress(OSError):  # whoever has asked says that nobody answers
+            _appear(self._path, name + _ANSWER, refusal or _OK + text)
 
     def close(self) -> None:
         """Nobody looks there any more."""

@@ -77,6 +77,7 @@ def test_a_fault_may_come_whenever_the_step_is_computed():
         pytest.param("kill:rank=-5,step=6,at=mirror", "rank=-5", id="negative"),
         pytest.param("kill:rank=5,step=0,at=mirror", "step=0", id="step-zero"),
         pytest.param("kill:rank=five,step=6,at=mirror", "rank=five", id="no-number"),
+        pytest.param("kill:rank=0,step=99999999999999999999,at=mirror", "step=99999999999999999999", id="huge"),
     ],
 )
 def test_a_wrong_injection_is_named(spec, says):

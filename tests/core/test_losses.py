@@ -230,3 +230,12 @@ def test_a_node_that_comes_during_a_restart_hears_of_the_restart():
     job = Job.start(CONFIG, SEATS, sharded=True)
     (order,) = play(job, NodeLost(B, "connection closed"))
     assert play(job, NodeJoined(SPARE, 2)) == [StartWorkers(SPARE, 1, (2, 3)), order]
+
+
+def test_peers_that_disagree_behind_a_plan_are_not_made_equal_by_ending_one_of_them():
+    job = executing_job()
+    play(job, CheckpointWritten(Step(4)))
+    told = PlanFailed(A, job.epoch, Rank(0), WorkerId("0.0"), "PeersDisagree: step 5", Fault.CORRUPTION)
+    (order,) = play(job, told)
+    assert isinstance(order, RestartAll)
+    assert order.from_checkpoint

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_flashrecovery.core.ids import Step
 from megatron_flashrecovery.core.policy import NanChoice
-from megatron_flashrecovery.runtime import session as runtime_session
+from megatron_flashrecovery.runtime import settling
 from megatron_flashrecovery.runtime.broken_device import break_device
 from megatron_flashrecovery.runtime.choices import Choices
 from megatron_flashrecovery.runtime.framework import StepRecord
@@ -67,7 +67,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
     session = Session.from_environment()
     if args.pretend_devices:
-        runtime_session.place_of = lambda _device: f"0000:f0:{session.rank:02x}"
+        settling.place_of = lambda _device: f"0000:f0:{session.rank:02x}"
     session.install_groups()
     dist.init_process_group("gloo")
     toy = Toy(ToyShape(numel=args.numel, sharded=not args.replicated))

@@ -136,3 +136,9 @@ def test_one_whose_end_was_no_loss_is_forgotten(node):
     node.watch.forget_all_but({"5.1"})
     node.clock.now += 0.5
     assert node.watch.stuck() == []
+
+
+def test_who_computes_on_no_device_is_not_ended_for_one(node):
+    node.watch.note_device(Rank(4), "")
+    node.log.new = [XID_48]
+    assert node.look() == []

@@ -64,8 +64,9 @@ class Examination:
             if not self._were_finite[-1] and not self._is_foreign_forward and self._first_seen is None:
                 self._first_seen = self._number
             for tensor in inputs:
-                if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: self._look_back(name, gradient))
+                # Not on a parameter that is handed in, such as tied embeddings: it outlives this step.
+                if tensor.requires_grad and not tensor.is_leaf:
+                    self._handles.append(tensor.register_hook(lambda gradient: self._look_back(name, gradient)))
 
         def after(_module: torch.nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             was_finite = self._were_finite.pop()
@@ -76,8 +77,8 @@ class Examination:
                 self._find(name, "output" if all(map(_is_finite, own)) else f"output ({_STATE})")
             if is_outermost:
                 for tensor in outputs:
-                    if tensor.requires_grad:
-                        tensor.register_hook(self._begin_backward)
+                    if tensor.requires_grad and not tensor.is_leaf:
+                        self._handles.append(tensor.register_hook(self._begin_backward))
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True))

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_flashrecovery.core.coordinator import Job
-from megatron_flashrecovery.core.ids import NodeId, WorkerId
+from megatron_flashrecovery.core.ids import NodeId, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import (
     CheckpointWritten,
     ClockTicked,

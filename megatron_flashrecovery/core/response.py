@@ -157,8 +157,8 @@ def _same_again(mishaps: Mapping[Rank, Mishap]) -> str:
     where = f"in step {first.step}" if first.step is not None else "before its first step"
     what = first.raised or first.fault.value
     if first.fault is Fault.DEVICE_MEMORY:
-        remedy = "use a smaller micro batch or recompute more"
-        return f"rank {ranks}: the device has not enough memory {where}, again after a retry: {remedy}: {what}"
+        remedy = "the device has not enough memory, use a smaller micro batch or recompute more"
+        return f"rank {ranks} raised the same exception {where} again after a retry: {remedy}: {what}"
     if first.fault is not Fault.EXCEPTION:
         return f"rank {ranks}: {what} {where} again after a retry: {first.cause}"
     return f"rank {ranks} raised the same exception {where} again after a retry, so it is the script's: {what}"

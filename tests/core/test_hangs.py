@@ -195,8 +195,8 @@ def test_a_device_that_has_too_little_memory_again_ends_the_job_with_the_remedy(
     play(job, raised(1, what=what, fault=Fault.DEVICE_MEMORY))
     (stop,) = play(job, raised(1, what=what, fault=Fault.DEVICE_MEMORY, worker="2", epoch=1))
     assert isinstance(stop, Stop)
-    assert "the device has not enough memory in step 7, again after a retry" in stop.reason
-    assert "use a smaller micro batch or recompute more" in stop.reason
+    assert "raised the same exception in step 7 again after a retry" in stop.reason
+    assert "the device has not enough memory, use a smaller micro batch or recompute more" in stop.reason
 
 
 def test_a_device_that_fails_again_at_the_same_line_is_no_bug_of_the_script():

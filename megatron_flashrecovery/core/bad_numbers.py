@@ -69,15 +69,15 @@ def end_of_step(job: Job, step: Step) -> Rank | None:
     times = numbers.times.pop(step, 0)
     if not times or step in numbers.skipped:
         return None
-    own = numbers.own.pop(step, {})
+    own, nodes, what = numbers.own.pop(step, {}), numbers.nodes.pop(step, {}), numbers.what.pop(step)
     suspect = next(iter(own)) if len(own) == 1 else None
     outcome = "did not come again"
     if suspect is not None:
-        job.suspicions[numbers.nodes[step][suspect], suspect] += 1
+        job.suspicions[nodes[suspect], suspect] += 1
         outcome += f", so the device of rank {suspect} is suspected"
     elif own:
         outcome += f"; it had spread over rank {_names(own)} before anybody looked, so no device is suspected"
-    numbers.ended.append(BadStep(step, numbers.what[step], times, outcome, _own(own), suspect))
+    numbers.ended.append(BadStep(step, what, times, outcome, _own(own), suspect))
     return suspect
 
 

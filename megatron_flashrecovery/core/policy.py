@@ -35,19 +35,17 @@ class Fault(Enum):
     NO_COPY = "no copy of a state left"
     NODE_LOST = "node lost"
     BAD_NUMBERS = "bad numbers"
-    """NaN or Inf in loss or gradients, or a spike, seen before the update."""
+    """NaN or Inf in loss or gradients, seen before the update. (Spikes are only noted.)"""
     CORRUPTION = "silent corruption"
     """Data-parallel peers differ."""
     SLOW = "slow rank"
 
 
 class Action(Enum):
-    REFILL = "refill in place"
     REPLACE_PROCESS = "replace the process"
     REPLACE_NODE = "replace the node"
     RETRY = "retry the step on the same data"
     SKIP = "skip the batch and record it"
-    ROLL_BACK = "roll back one step and retry"
     FALL_BACK = "newest checkpoint"
     START_ANEW = "start all again"
     PLAN_ANEW = "stop everybody and plan again"
@@ -139,6 +137,7 @@ SUSPECTED_WITHOUT_ROOM: Condition = (
     lambda history: history.suspicions > 1 and not history.has_room,
 )
 AGAIN: Condition = ("again in the same step of the same rank, after a retry", lambda history: history.again)
+AGAIN_IN_STEP: Condition = ("again in the same step, after a retry", lambda history: history.again)
 NO_ROOM: Condition = ("no other node has room", lambda history: not history.has_room)
 NO_NODE: Condition = ("no other node has come within --join-timeout", lambda history: not history.has_room)
 
@@ -177,7 +176,7 @@ POLICY: Sequence[Rule] = (
     Rule(Fault.DEVICE_LOST, NO_ROOM[0], Action.STOP, NO_ROOM[1]),
     Rule(Fault.DEVICE_LOST, ALWAYS, Action.REPLACE_NODE),
     Rule(Fault.COMMUNICATOR_ERROR, STARTING[0], Action.START_ANEW, STARTING[1]),
-    Rule(Fault.COMMUNICATOR_ERROR, AGAIN[0], Action.FALL_BACK, AGAIN[1]),
+    Rule(Fault.COMMUNICATOR_ERROR, AGAIN_IN_STEP[0], Action.FALL_BACK, AGAIN_IN_STEP[1]),
     Rule(Fault.COMMUNICATOR_ERROR, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),
     Rule(Fault.COMMUNICATOR_ERROR, ALWAYS, Action.RETRY),
     *_ends_a_process(Fault.HANG),

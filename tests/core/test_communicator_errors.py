@@ -58,7 +58,7 @@ def test_again_in_the_same_step_the_newest_checkpoint_is_next():
         play(job, failed(0, epoch=1), now=10.0)
         (order,) = play(job, ClockTicked(), now=11.0)
         assert isinstance(order, RestartAll if has_checkpoint else Stop)
-        assert "again in the same step of the same rank, after a retry" in order.reason
+        assert "again in the same step, after a retry" in order.reason
 
 
 def test_a_loss_that_is_told_late_explains_it_after_all():

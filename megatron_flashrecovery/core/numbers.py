@@ -49,9 +49,9 @@ class Alarm:
 
 @dataclass
 class Numbers:
-    """``times``: how often the numbers of a step that is not complete were bad; ``own``: whose own ones were at first, and
-    on which of the ``nodes`` these ranks sat. ``skipped`` are steps whose update is left out whenever they are computed,
-    ``fell_back`` those for which the job has gone back to a checkpoint."""
+    """``times``: how often the numbers of a step that is not complete were bad; ``own``: whose own ones were at first,
+    and on which of the ``nodes`` these ranks sat. ``skipped`` are steps whose update is left out whenever they are
+    computed, ``fell_back`` those for which the job has gone back to a checkpoint."""
 
     alarm: Alarm | None = None
     times: Counter[Step] = field(default_factory=Counter)

@@ -1,0 +1,30 @@
+"""What a diagnosis says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.diagnose.elements import Element
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """``p``: the probability that a job in which nothing is wrong has a suspect as conspicuous, anywhere. ``ranks``:
+    those in its reach that are unusual. ``evidence``: for people."""
+
+    element: Element
+    p: float
+    score: float
+    ranks: tuple[Rank, ...]
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The likeliest first. ``undetermined`` says why nobody is blamed, or why the first is not told from the next ones;
+    None if the first is to blame. ``method``: ``scan`` or ``gbgp``."""
+
+    suspects: tuple[Suspect, ...]
+    undetermined: str | None
+    method: str

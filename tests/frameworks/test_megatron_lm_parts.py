@@ -132,6 +132,16 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(refusal: arguments.R
         arguments.check(SimpleNamespace(**beside, **{name: value}))
 
 
+def test_as_many_shards_of_a_weight_as_tensor_parallel_ranks_are_no_reason_to_refuse() -> None:
+    """core_v0.19.0 fills in the number for everybody."""
+    plain = {"tensor_model_parallel_size": 2, "tensor_parallel_num_weight_shards": 2}
+    experts = {"expert_tensor_parallel_size": 2, "expert_tensor_parallel_num_weight_shards": 2}
+    arguments.check(SimpleNamespace(**plain, **experts))
+    for more in ({"tensor_parallel_num_weight_shards": 4}, {"expert_tensor_parallel_num_weight_shards": 4}):
+        with pytest.raises(ConfigError, match="weight-shards"):
+            arguments.check(SimpleNamespace(**{**plain, **experts, **more}))
+
+
 def test_the_check_of_a_checkout_looks_for_what_the_hooks_replace() -> None:
     assert {*hooks.GUARDED, *hooks.WRAPPED, "pretrain"} == set(REPLACED)
 

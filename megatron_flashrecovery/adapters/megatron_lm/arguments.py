@@ -62,6 +62,16 @@ def _refuse(flag: str, reason: str) -> Refusal:
     return Refusal(flag, reason, _is_set(flag.removeprefix("--").replace("-", "_")))
 
 
+def _gathers_weights(args: Any) -> bool:
+    """A shard for each rank of a tensor-parallel group is plain tensor parallelism, which upstream fills in itself
+    (``validate_args`` in megatron/training/arguments.py since core_v0.19.0)."""
+    pairs = (
+        ("tensor_parallel_num_weight_shards", "tensor_model_parallel_size"),
+        ("expert_tensor_parallel_num_weight_shards", "expert_tensor_parallel_size"),
+    )
+    return any((getattr(args, shards, None) or 1) > (getattr(args, size, None) or 1) for shards, size in pairs)
+
+
 REFUSALS: Sequence[Refusal] = (
     _refuse("--inprocess-restart", "it restarts all ranks in place for the same failures"),
     _refuse("--use-torch-fsdp2", "its shards are not known to the mirror"),
@@ -80,7 +90,7 @@ REFUSALS: Sequence[Refusal] = (
     Refusal(
         "--tensor-parallel-num-weight-shards",
         "the groups over which it gathers weights were not tried with recovery",
-        lambda args: (getattr(args, "tensor_parallel_num_weight_shards", None) or 1) > 1,
+        _gathers_weights,
     ),
     Refusal(
         "--gpu-sniff-test-interval",

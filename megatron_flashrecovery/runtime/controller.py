@@ -21,6 +21,7 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId
 from megatron_flashrecovery.core.liveness import overdue
 from megatron_flashrecovery.core.phases import Finished
+from megatron_flashrecovery.core.punctuality import Punctuality
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.chronicle import Chronicle
 from megatron_flashrecovery.runtime.injection import Injection
@@ -47,6 +48,7 @@ class Controller:
         self._spool = spool
         self._outbox: dict[NodeId, asyncio.Queue[object]] = {}
         self._last_heard: dict[NodeId, float] = {}
+        self._punctuality = Punctuality(config.deadlines.heartbeat_interval)
         self._looked = 0.0
         self._known: set[NodeId] = set()
         self._done: set[NodeId] = set()
@@ -112,7 +114,8 @@ class Controller:
     async def _read(self, node: NodeId, messages: AsyncIterator[object]) -> None:
         with self._failures_end_the_job():
             async for message in messages:
-                self._last_heard[node] = time.monotonic()
+                self._last_heard[node] = now = time.monotonic()
+                self._punctuality.hear(node, now)
                 self._hear(message)
             if not self._over.is_set() and node not in self._done:
                 self._lose_node(node, "its agent closed the connection")
@@ -204,12 +207,16 @@ class Controller:
         if gap > _PAUSE:
             # This process was stopped, starved or stuck on its disk: nobody could be heard, so nobody was silent.
             self._last_heard = {node: last + gap for node, last in self._last_heard.items()}
+            self._punctuality.excuse(gap)
+        for late, gaps in self._punctuality.look(now).items():
+            self._chronicle.note(node_messages.HeartbeatsLate(late, gaps.late, gaps.worst))
         heard = {node: last for node, last in self._last_heard.items() if node != _LOCAL}
         for node in overdue(heard, now, self._config.deadlines.heartbeat_timeout):
             self._lose_node(node, f"nothing heard from its agent for {self._config.deadlines.heartbeat_timeout} s")
 
     def _lose_node(self, node: NodeId, cause: str) -> None:
         self._last_heard.pop(node, None)
+        self._punctuality.forget(node)
         outbox = self._outbox.pop(node, None)
         if outbox is not None:
             outbox.put_nowait(node_messages.Dismiss(f"this node was given up: {cause}", 1, at_once=True))

@@ -24,6 +24,7 @@ from megatron_flashrecovery.core.phases import Finished
 from megatron_flashrecovery.core.punctuality import Punctuality
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.chronicle import Chronicle
+from megatron_flashrecovery.runtime.diagnostician import Diagnostician
 from megatron_flashrecovery.runtime.injection import Injection
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.spool import Spool
@@ -39,13 +40,20 @@ class Controller:
     loop."""
 
     def __init__(
-        self, config: LaunchConfig, job: Job, store: tuple[str, int], chronicle: Chronicle, spool: Spool | None = None
+        self,
+        config: LaunchConfig,
+        job: Job,
+        store: tuple[str, int],
+        chronicle: Chronicle,
+        spool: Spool | None = None,
+        diagnostician: Diagnostician | None = None,
     ) -> None:
         self._config = config
         self._job = job
         self._store = store
         self._chronicle = chronicle
         self._spool = spool
+        self._diagnostician = diagnostician
         self._outbox: dict[NodeId, asyncio.Queue[object]] = {}
         self._last_heard: dict[NodeId, float] = {}
         self._punctuality = Punctuality(config.deadlines.heartbeat_interval)
@@ -78,6 +86,7 @@ class Controller:
             self._chronicle.remind(self._job, time.monotonic())
             self._check_silence()
             self._look_for_requests()
+            self._look_for_who_is_to_blame()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), _TICK)
 
@@ -155,6 +164,8 @@ class Controller:
     def _apply(self, event: core.Event) -> None:
         now = time.monotonic()
         commands = handle(self._job, event, now)
+        if self._diagnostician is not None:
+            self._diagnostician.hear(event, now)
         self._chronicle.record(event, commands, self._job, now)
         for command in commands:
             self._order(command)
@@ -180,6 +191,8 @@ class Controller:
             return
         self._dismissal = dismissal
         self._chronicle.close(dismissal.failure)
+        if self._diagnostician is not None:
+            self._diagnostician.close()
         for queue in self._outbox.values():
             queue.put_nowait(dismissal)
         self._over.set()
@@ -199,6 +212,12 @@ class Controller:
                 self._spool.answer(request.name, str(error))  # type: ignore[union-attr]
             else:
                 self._outbox[node].put_nowait(node_messages.Inject(request.name, request.spec))
+
+    def _look_for_who_is_to_blame(self) -> None:
+        if self._diagnostician is not None:
+            diagnosed = self._diagnostician.look(self._job, time.monotonic())
+            if diagnosed is not None:
+                self._apply(diagnosed)
 
     def _check_silence(self) -> None:
         """Node 0 is this process: if it does not answer, neither do we."""

@@ -18,6 +18,7 @@ from megatron_flashrecovery.core.messages import (
     WorkersLost,
 )
 from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.punctuality import EVERY
 from megatron_flashrecovery.runtime.chronicle import SlowNoted
 from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Line, decode_as, read_journal
 from megatron_flashrecovery.runtime.node_messages import DeviceNoted, HeartbeatsLate, NodeMeasured, NodePlaced
@@ -212,7 +213,7 @@ class _Reader:
 
     def _of_heartbeats(self, machine: Mapping[NodeId, str]) -> Iterator[Sample]:
         for time, told in self.late:
-            yield Sample(time, LATE_HEARTBEATS, {}, machine.get(told.node, told.node), float(told.late))
+            yield Sample(time, LATE_HEARTBEATS, {}, machine.get(told.node, told.node), told.late / EVERY, EVERY)
 
 
 LATE_HEARTBEATS = "late heartbeats"

@@ -1,0 +1,160 @@
+"""Which elements have unusual ranks in their reach, and whether that is more than chance.
+
+For each element the scores in its reach are summed up and contrasted with those of all others: S = (sum - n mean) /
+sqrt(n (1 - n / N)), for all windows, their newest third, and so on. Of nested elements the one that is to blame has the
+highest S: with half of the ranks unusual it is less by sqrt(2), and S^2 / 2 is the logarithm of the likelihood ratio of
+a shift. Nothing is assumed of the scores but that ranks of a stratum are alike if all is well:
+
+- of a single rank, or few, it is asked whether they stand out from the tail of the others (``standing_out``). That is
+  a question of how much: where they are says nothing, for any rank is an element.
+- of sums over several ranks it is asked whether such scores come together in one element by chance: the highest S of
+  all elements and lengths is compared with the highest in other arrangements of the scores (``arrangements``). That
+  is a question of where, and it finds many that are each no more than a little unusual.
+
+Each gets half of the level. Ranks may differ for good (a slower part, a warmer rack) more than windows let expect, and
+so may hosts more than ranks: both spreads are measured over all elements of a kind, and S is divided by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_flashrecovery.diagnose.arrangements import arrange
+from megatron_flashrecovery.diagnose.elements import Kind
+from megatron_flashrecovery.diagnose.scores import Scores
+from megatron_flashrecovery.diagnose.standing_out import p_of_highest
+from megatron_flashrecovery.diagnose.templates import Templates, standardized
+from megatron_flashrecovery.diagnose.topology import Indices, Topology
+from megatron_flashrecovery.diagnose.trial import Trial
+
+Floats = npt.NDArray[np.float64]
+CAP = 6.0
+"""What one window of one rank counts at most: a single one proves nothing (see ``standing_out``)."""
+_NORMAL = 1.4826
+_ENOUGH = 8
+"""Fewer have no spread that could be measured."""
+_DEVIATION = 1.16
+"""Of the spread of n values from N(0, 1), times sqrt(n)."""
+_KINDS = tuple(Kind)
+_ROUNDING = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Scanned:
+    """``score``, ``p``, ``length``: (elements,). ``score``: S, -inf where nothing in reach or nothing outside of it is
+    measured. ``p``: the probability that a healthy job has an element as conspicuous. ``length``: the windows that S
+    is highest in, as an index into ``summed``: (lengths, ranks), about N(0, 1), NaN where nothing is measured.
+    ``reach``: which elements reach the same measured ranks."""
+
+    score: Floats
+    p: Floats
+    length: Indices
+    summed: Floats
+    reach: Templates
+
+
+def scan(topology: Topology, scores: Scores, trial: Trial) -> Scanned:
+    """Milliseconds for the scores of 10,000 ranks; the rows of ``trial`` cost more, in proportion to rows * members.
+
+    Raises ``ValueError`` if scores are not those of the ranks of this topology."""
+    if scores.values.shape[1:] != (topology.world,) or scores.strata.shape != (topology.world,):
+        raise ValueError(f"scores of shape {scores.values.shape} for {topology.world} ranks: one column for each")
+    summed = np.array([_summed(scores.values, length) for length in trial.lengths(len(scores.values))])
+    counted = np.isfinite(summed).any(axis=0) if summed.size else np.zeros(topology.world, dtype=bool)
+    templates = Templates.of(topology, counted)
+    if not counted.any():
+        nothing = np.full(len(topology.elements), -np.inf)
+        return Scanned(nothing, np.ones(nothing.size), np.zeros(nothing.size, dtype=np.int64), summed, templates)
+    neutral = np.where(np.isfinite(summed), summed, 0.0)
+    score = _spread_out(np.array([_contrasts(templates, each, counted) for each in neutral]), templates)
+    strata = np.where(counted, scores.strata, -1)
+    p = np.minimum(
+        _p_of_standing_out(templates, neutral, counted), _p_of_sums(templates, neutral, counted, score, strata, trial)
+    )
+    length = score.argmax(axis=0)
+    which = templates.of_element
+    return Scanned(score.max(axis=0)[which], np.minimum(1.0, 2 * p)[which], length[which], summed, templates)
+
+
+def _summed(values: Floats, length: int) -> Floats:
+    """(ranks,) of (windows, ranks): the newest windows of each rank as one deviation, in units of the ranks' spread."""
+    newest = np.clip(values[-length:], -CAP, CAP)
+    number = np.isfinite(newest).sum(axis=0)
+    total = np.where(number > 0, np.nansum(newest, axis=0) / np.sqrt(np.maximum(number, 1)), np.nan)
+    found: Floats = total / max(1.0, _spread(total[number > 0]))
+    return found
+
+
+def _spread(values: Floats) -> float:
+    if values.size < _ENOUGH:
+        return 1.0
+    return _NORMAL * float(np.median(np.abs(values - np.median(values))))
+
+
+def _contrasts(templates: Templates, values: Floats, counted: npt.NDArray[np.bool_]) -> Floats:
+    """(sets,) S, of sets that have an inside and an outside."""
+    number, sizes = int(counted.sum()), templates.sizes
+    has_both = (sizes > 0) & (sizes < number)
+    safe = np.where(has_both, sizes, 1)
+    found = standardized(templates.sums(values), safe, float(values[counted].mean()), max(number, 2))
+    return np.where(has_both, found, -np.inf)
+
+
+def _spread_out(score: Floats, templates: Templates) -> Floats:
+    """(lengths, sets) S in units of the spread of its kind, where that is more than noise makes it. What is made of
+    other hardware (a leaf of hosts) has at least their spread: there may be too few of it to measure its own."""
+    found = score.copy()
+    spread_below = np.ones(len(score))
+    for kind, chosen in sorted(_by_kind(templates, score).items(), key=lambda item: _KINDS.index(item[0])):
+        own = np.array([_spread(each[chosen]) / (1 + _DEVIATION / np.sqrt(chosen.size)) for each in score])
+        own = np.maximum(1.0, own)
+        if kind.is_hardware:
+            own = spread_below = np.maximum(own, spread_below)
+        found[:, chosen] /= own[:, None]
+    return found
+
+
+def _by_kind(templates: Templates, score: Floats) -> dict[Kind, Indices]:
+    """Sets of several ranks that can be blamed, by kind."""
+    usable = np.flatnonzero((templates.sizes > 1) & np.isfinite(score[0]))
+    found: dict[Kind, list[int]] = {}
+    for k in usable.tolist():
+        found.setdefault(templates.kinds[k], []).append(k)
+    return {kind: np.array(sets, dtype=np.int64) for kind, sets in found.items()}
+
+
+def _p_of_standing_out(templates: Templates, summed: Floats, counted: npt.NDArray[np.bool_]) -> Floats:
+    """(sets,) 1 unless all of its ranks stand out; all lengths are tried, and paid for."""
+    p = np.ones(templates.sizes.size)
+    of_rank = np.ones(counted.size)
+    of_rank[counted] = np.minimum(1.0, np.min([p_of_highest(each[counted]) for each in summed], axis=0) * len(summed))
+    filled = templates.sizes > 0
+    p[filled] = np.maximum.reduceat(of_rank[templates.ranks], templates.start[:-1][filled])
+    return p
+
+
+def _p_of_sums(
+    templates: Templates,
+    summed: Floats,
+    counted: npt.NDArray[np.bool_],
+    score: Floats,
+    strata: npt.NDArray[np.int64],
+    trial: Trial,
+) -> Floats:
+    """(sets,) 1 for sets of one rank."""
+    rows = arrange(strata, trial.rows, np.random.default_rng(trial.seed))
+    chosen = np.flatnonzero((templates.sizes > 1) & np.isfinite(score[0]))
+    p = np.ones(templates.sizes.size)
+    if chosen.size:
+        highest = np.full(trial.rows, -np.inf)
+        for values in summed:
+            mean = float(values[counted].mean())
+            parts = [templates.highest(chosen, part, mean, int(counted.sum())) for part in rows.of(values)]
+            np.maximum(highest, np.concatenate(parts), out=highest)
+        own = score[:, chosen].max(axis=0)
+        at_least = trial.rows - np.searchsorted(np.sort(highest), own - _ROUNDING, side="left")
+        p[chosen] = np.maximum(at_least, 1) / trial.rows
+    return p

@@ -70,7 +70,7 @@ def find_repeated(
         ranks = tuple(Rank(int(rank)) for rank in hit)
         suspects.append(Suspect(topology.elements[best], p, float(scores[best]), ranks, evidence))
         units = units[~is_inside]
-    return Diagnosis(tuple(suspects), None if suspects else why, METHOD)
+    return Diagnosis(tuple(suspects), None if suspects else why, METHOD, tuple((suspect,) for suspect in suspects))
 
 
 def _too_likely(incidents: int, inside: int, element: Element, p: float) -> str:

@@ -28,7 +28,6 @@ from megatron_flashrecovery.core.phases import Training
 DEADLINE = 60.0
 """Seconds of wall time, on a node that trains."""
 _LOWEST = 19
-_NOTHING_FOUND = 1
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,13 @@ class Diagnostician:
 
     def _end(self, code: int | None) -> Diagnosed:
         self._output.seek(0)
-        said = self._output.read()
+        said = b"" if code is None else self._output.read()
         self.close()
-        if code not in (0, _NOTHING_FOUND):
+        try:
+            answer = msgspec.json.decode(said, type=Answer)
+        except msgspec.DecodeError:  # it was ended, refused what it was told to do, or has a bug
             words = said.decode(errors="replace").strip().splitlines()
             reason = f"it took longer than {self._deadline:g} s" if code is None else words[-1] if words else "no word"
             return Diagnosed(self._occasion, (), f"the diagnosis failed: {reason}")
-        answer = msgspec.json.decode(said, type=Answer)
         blamed = tuple(Blamed(each.element, each.p, each.evidence, each.nodes) for each in answer.blamed)
         return Diagnosed(self._occasion, blamed, answer.undetermined or "")

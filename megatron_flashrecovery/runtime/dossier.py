@@ -19,6 +19,7 @@ from megatron_flashrecovery.core.messages import (
 )
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.punctuality import EVERY
+from megatron_flashrecovery.diagnose.telemetry import Metric
 from megatron_flashrecovery.runtime.chronicle import SlowNoted
 from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Line, decode_as, read_journal
 from megatron_flashrecovery.runtime.node_messages import DeviceNoted, HeartbeatsLate, NodeMeasured, NodePlaced
@@ -42,11 +43,12 @@ class Incident:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was said at ``time`` (Unix time) of these ranks, or of a host if there are none, about the ``seconds``
-    before (0: that is not known)."""
+    """What was said at ``time`` (Unix time) of these ranks, or of a host if there are none. ``label`` says in words
+    what it is, ``metric`` how it is compared. A count is one of the ``seconds`` before; what is none has 0."""
 
     time: float
-    metric: str
+    label: str
+    metric: Metric
     values: Mapping[Rank, float]
     host: str = ""
     value: float = 0.0
@@ -125,7 +127,7 @@ class _Reader:
                 placed = decode_as(NodePlaced, line)
                 self.placed[placed.node] = placed
             case "StepsTimed":
-                self.samples.append(Sample(line.time, OWN_TIME, decode_as(StepsTimed, line).computed))
+                self.samples.append(Sample(line.time, OWN_TIME, Metric.COMPUTE, decode_as(StepsTimed, line).computed))
             case "NodeMeasured":
                 self.measured.append((line.time, decode_as(NodeMeasured, line)))
             case "HeartbeatsLate":
@@ -199,36 +201,34 @@ class _Reader:
             placed = self.placed.get(told.node)
             machine = placed.machine if placed else str(told.node)
             at = {place: rank for rank, place in placed.devices.items()} if placed else {}
-            by_metric: dict[str, dict[Rank, float]] = {}
+            by_label: dict[str, dict[Rank, float]] = {}
             for name, number in told.grown.items():
                 kind, _, rest = name.partition(".")
                 if kind == "device":
                     place, _, counter = rest.rpartition(".")
                     if place in at:
-                        by_metric.setdefault(f"device {counter}", {})[at[place]] = number / told.seconds
-            for metric, values in by_metric.items():
-                yield Sample(time, metric, values, seconds=told.seconds)
-            for metric, rate in _of_links(told).items():
-                yield Sample(time, metric, {}, machine, rate, told.seconds)
+                        by_label.setdefault(f"{counter.replace('_', ' ')} of devices", {})[at[place]] = number
+            for label, values in by_label.items():
+                yield Sample(time, label, Metric.ERRORS, values, seconds=told.seconds)
+            for (label, metric), number in _of_links(told).items():
+                yield Sample(time, label, metric, {}, machine, number, told.seconds)
 
     def _of_heartbeats(self, machine: Mapping[NodeId, str]) -> Iterator[Sample]:
         for time, told in self.late:
-            yield Sample(time, LATE_HEARTBEATS, {}, machine.get(told.node, told.node), told.late / EVERY, EVERY)
+            host = machine.get(told.node, told.node)
+            yield Sample(time, "late heartbeats", Metric.ERRORS, {}, host, told.late, EVERY)
 
 
-LATE_HEARTBEATS = "late heartbeats"
-
-
-def _of_links(told: NodeMeasured) -> dict[str, float]:
-    """Per second; retransmits as a share of what was sent, for a busy node sends more of both."""
-    found: dict[str, float] = {}
+def _of_links(told: NodeMeasured) -> dict[tuple[str, Metric], int]:
+    """Ports of a host are one thing here: which of its ranks uses which is not known."""
+    found: dict[tuple[str, Metric], int] = {}
     for name, number in told.grown.items():
         kind = name.partition(".")[0]
         if kind in ("nic", "ib"):
-            metric = f"{'InfiniBand' if kind == 'ib' else 'NIC'} {name.rpartition('.')[2]}"
-            found[metric] = found.get(metric, 0.0) + number / told.seconds
-    if sent := told.grown.get("tcp.sent"):
-        found["TCP retransmits"] = told.grown.get("tcp.retransmitted", 0) / sent
+            key = "errors of InfiniBand ports" if kind == "ib" else "errors of network interfaces", Metric.ERRORS
+            found[key] = found.get(key, 0) + number
+    if sent_again := told.grown.get("tcp.retransmitted"):
+        found["TCP segments sent again", Metric.RETRANSMITS] = sent_again
     return found
 
 

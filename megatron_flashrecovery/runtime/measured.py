@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_flashrecovery.core.slowness import WINDOWS
+from megatron_flashrecovery.diagnose.telemetry import NATURE, Metric
 from megatron_flashrecovery.runtime.dossier import OWN_TIME, Dossier, Sample
 
 Values = npt.NDArray[np.float64]
@@ -40,7 +41,8 @@ class Measured:
     """``values``: (windows, units), the units being ranks or, ``of_hosts``, the hosts in the order in which they are
     given; NaN where nothing was measured. High is bad."""
 
-    metric: str
+    label: str
+    metric: Metric
     values: Values
     of_hosts: bool
 
@@ -55,32 +57,33 @@ def period_of(dossier: Dossier, last: float | None = None) -> Period:
     # Of several that became slow one after the other the newest one: then all of them are.
     time, rank = alarm
     over = (when for when, whose, began in dossier.slow if whose == rank and not began and when > time)
-    told = [each.time for each in dossier.samples if each.metric == OWN_TIME and rank in each.values]
+    told = [each.time for each in dossier.samples if each.label == OWN_TIME and rank in each.values]
     before = [when for when in told if when <= time][-WINDOWS - 1 :]
     # What is told at the very end of a window belongs to it.
-    newest = max((each.time for each in dossier.samples if each.metric == OWN_TIME), default=time)
+    newest = max((each.time for each in dossier.samples if each.label == OWN_TIME), default=time)
     return Period(before[0] if before else time - WINDOWS, max(time, min([*over, newest])))
 
 
 def tables_of(
     dossier: Dossier, samples: Iterable[Sample], period: Period, hosts: Sequence[str]
 ) -> tuple[Measured, ...]:
-    """In the order in which metrics first come up."""
-    by_metric: dict[tuple[str, bool], list[Sample]] = {}
+    """In the order in which they first come up. What is told of a count up to ten minutes behind the period may be of
+    it."""
+    by_label: dict[tuple[str, Metric, bool], list[Sample]] = {}
     for sample in samples:
-        if sample.time <= period.end:
-            by_metric.setdefault((sample.metric, bool(sample.host)), []).append(sample)
+        if sample.time - sample.seconds < period.end:
+            by_label.setdefault((sample.label, sample.metric, bool(sample.host)), []).append(sample)
     number_of = {host: number for number, host in enumerate(hosts)}
     found = []
-    for (metric, of_hosts), those in by_metric.items():
+    for (label, metric, of_hosts), those in by_label.items():
         units = len(hosts) if of_hosts else dossier.world
         rows = [(each, _by_unit(each, number_of)) for each in those]
-        if all(each.seconds for each in those):
-            values = _rates(rows, period, units)
+        if NATURE[metric].is_count:
+            values = _counts(rows, period, units)
         else:
-            values = _means(rows, period, units, _TOLD_AT_LEAST_EVERY if metric == OWN_TIME else 0.0)
+            values = _means(rows, period, units, _TOLD_AT_LEAST_EVERY if label == OWN_TIME else 0.0)
         if np.isfinite(values).any():
-            found.append(Measured(metric, values, of_hosts))
+            found.append(Measured(label, metric, values, of_hosts))
     return tuple(found)
 
 
@@ -90,16 +93,16 @@ def _by_unit(sample: Sample, number_of: Mapping[str, int]) -> dict[int, float]:
     return {int(rank): value for rank, value in sample.values.items()}
 
 
-def _rates(rows: Iterable[tuple[Sample, Mapping[int, float]]], period: Period, units: int) -> Values:
-    """(1, units) of what counters told: who said nothing has counted nothing. A slow growth is told once in ten minutes
-    for all of them, so a window would be a matter of luck."""
+def _counts(rows: Iterable[tuple[Sample, Mapping[int, float]]], period: Period, units: int) -> Values:
+    """(1, units) of what was counted: who said nothing has counted nothing. A slow growth is told once in ten minutes
+    for all of them, so smaller windows would be a matter of luck."""
     total = np.zeros((1, units))
     for sample, values in rows:
         within = min(sample.time, period.end) - max(sample.time - sample.seconds, period.start)
         if within > 0:
-            for unit, rate in values.items():
-                total[0, unit] += rate * within
-    return total / max(period.seconds, 1.0) if total.any() else np.full((1, units), np.nan)
+            for unit, number in values.items():
+                total[0, unit] += number * within / sample.seconds
+    return total if total.any() else np.full((1, units), np.nan)
 
 
 def _means(
@@ -111,6 +114,8 @@ def _means(
     total, number = np.zeros((windows, units)), np.zeros((windows, units))
     newest, told_at = np.full((windows + 1, units), np.nan), np.full((windows + 1, units), -np.inf)
     for sample, values in rows:
+        if sample.time > edges[-1]:
+            continue
         # Window k ends with edge k + 1; 0 in ``newest`` is what came before the period.
         window = int(np.searchsorted(edges, sample.time, side="left"))
         for unit, value in values.items():

@@ -15,9 +15,10 @@ from typing import Any
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.diagnose.telemetry import NATURE, Metric
 from megatron_flashrecovery.runtime.dossier import Dossier, Sample
 
-_FIELDS = frozenset({"time", "metric", "value", "rank", "host", "bad"})
+_FIELDS = frozenset({"time", "metric", "like", "value", "seconds", "rank", "host"})
 
 
 def read_telemetry(path: Path, dossier: Dossier) -> tuple[Sample, ...]:
@@ -63,23 +64,29 @@ def _sample(row: Mapping[str, Any], dossier: Dossier, short: Mapping[str, str]) 
     if unknown := row.keys() - _FIELDS:
         raise ValueError(f"there is no field {min(map(str, unknown))}: it has {', '.join(sorted(_FIELDS))}")
     time, value = _number(row, "time"), _number(row, "value")
-    metric, bad = str(row["metric"]), row.get("bad", "high")
-    if bad not in ("high", "low"):
-        raise ValueError(f"bad is {bad!r}: say high or low")
-    if bad == "low":
-        value = -value
+    if value < 0:
+        raise ValueError(f"value is {value:g}: give what is bad if it is high, and never negative")
+    label, metric = str(row["metric"]), _like(str(row.get("like", row["metric"])))
+    seconds = _number(row, "seconds") if NATURE[metric].is_count else 0.0
     if ("rank" in row) == ("host" in row):
         raise ValueError("give rank or host, one of them")
     if "rank" in row:
         rank = Rank(int(row["rank"]))
         if rank not in dossier.host_of:
             raise ValueError(f"there is no rank {rank} in a job of {dossier.world}")
-        return Sample(time, metric, {rank: value})
+        return Sample(time, label, metric, {rank: value}, seconds=seconds)
     host = str(row["host"])
     known = host if host in dossier.host_of.values() else short.get(host.partition(".")[0])
     if known is None:
         raise ValueError(f"no rank of this job sits on host {host}: leave it out, or name it as `hostname` does there")
-    return Sample(time, metric, {}, known, value)
+    return Sample(time, label, metric, {}, known, value, seconds)
+
+
+def _like(name: str) -> Metric:
+    try:
+        return Metric(name)
+    except ValueError:
+        raise ValueError(f"{name} is no kind of metric: say what it is like, one of {', '.join(Metric)}") from None
 
 
 def _number(row: Mapping[str, Any], name: str) -> float:

@@ -17,22 +17,20 @@ so may hosts more than ranks: both spreads are measured over all elements of a k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_flashrecovery.diagnose.arrangements import arrange
 from megatron_flashrecovery.diagnose.elements import Kind
-from megatron_flashrecovery.diagnose.scores import Scores
+from megatron_flashrecovery.diagnose.scores import CAP, Scores
 from megatron_flashrecovery.diagnose.standing_out import p_of_highest
 from megatron_flashrecovery.diagnose.templates import Templates, standardized
 from megatron_flashrecovery.diagnose.topology import Indices, Topology
 from megatron_flashrecovery.diagnose.trial import Trial
 
 Floats = npt.NDArray[np.float64]
-CAP = 6.0
-"""What one window of one rank counts at most: a single one proves nothing (see ``standing_out``)."""
 _NORMAL = 1.4826
 _ENOUGH = 8
 """Fewer have no spread that could be measured."""
@@ -47,45 +45,68 @@ class Scanned:
     """``score``, ``p``, ``length``: (elements,). ``score``: S, -inf where nothing in reach or nothing outside of it is
     measured. ``p``: the probability that a healthy job has an element as conspicuous. ``length``: the windows that S
     is highest in, as an index into ``summed``: (lengths, ranks), about N(0, 1), NaN where nothing is measured.
+    ``independent``: (lengths,) how many independent windows the sums are worth, by how far ranks are apart in them.
     ``reach``: which elements reach the same measured ranks."""
 
     score: Floats
     p: Floats
     length: Indices
     summed: Floats
+    independent: Floats
     reach: Templates
+
+    @property
+    def counted(self) -> npt.NDArray[np.bool_]:
+        """(ranks,) whether anything of it is measured."""
+        return np.isfinite(self.summed).any(axis=0).reshape(-1)
 
 
 def scan(topology: Topology, scores: Scores, trial: Trial) -> Scanned:
     """Milliseconds for the scores of 10,000 ranks; the rows of ``trial`` cost more, in proportion to rows * members.
 
     Raises ``ValueError`` if scores are not those of the ranks of this topology."""
+    found = contrast(topology, scores, trial)
+    counted = found.counted
+    if not counted.any():
+        return found
+    summed = np.where(np.isfinite(found.summed), found.summed, 0.0)
+    strata = np.where(counted, scores.strata, -1)
+    p = np.minimum(_p_of_standing_out(found, summed, counted), _p_of_sums(found, summed, counted, strata, trial))
+    return replace(found, p=np.minimum(1.0, 2 * p)[found.reach.of_element])
+
+
+def contrast(topology: Topology, scores: Scores, trial: Trial) -> Scanned:
+    """As ``scan``, without p: it is 1 for all. Raises ``ValueError`` likewise."""
     if scores.values.shape[1:] != (topology.world,) or scores.strata.shape != (topology.world,):
         raise ValueError(f"scores of shape {scores.values.shape} for {topology.world} ranks: one column for each")
-    summed = np.array([_summed(scores.values, length) for length in trial.lengths(len(scores.values))])
-    counted = np.isfinite(summed).any(axis=0) if summed.size else np.zeros(topology.world, dtype=bool)
-    templates = Templates.of(topology, counted)
-    if not counted.any():
-        nothing = np.full(len(topology.elements), -np.inf)
-        return Scanned(nothing, np.ones(nothing.size), np.zeros(nothing.size, dtype=np.int64), summed, templates)
-    neutral = np.where(np.isfinite(summed), summed, 0.0)
-    score = _spread_out(np.array([_contrasts(templates, each, counted) for each in neutral]), templates)
-    strata = np.where(counted, scores.strata, -1)
-    p = np.minimum(
-        _p_of_standing_out(templates, neutral, counted), _p_of_sums(templates, neutral, counted, score, strata, trial)
+    lengths = trial.lengths(len(scores.values))
+    sums = [_summed(scores.values, length) for length in lengths]
+    summed = np.array([values for values, _ in sums]).reshape(-1, topology.world)
+    counted = np.isfinite(summed).any(axis=0)
+    reach = Templates.of(topology, counted)
+    score = np.full((max(1, len(lengths)), reach.sizes.size), -np.inf)
+    if counted.any():
+        neutral = np.where(np.isfinite(summed), summed, 0.0)
+        score = _spread_out(np.array([_contrasts(reach, each, counted) for each in neutral]), reach)
+    which = reach.of_element
+    return Scanned(
+        score=score.max(axis=0)[which],
+        p=np.ones(which.size),
+        length=score.argmax(axis=0)[which],
+        summed=summed,
+        independent=np.array([worth for _, worth in sums]),
+        reach=reach,
     )
-    length = score.argmax(axis=0)
-    which = templates.of_element
-    return Scanned(score.max(axis=0)[which], np.minimum(1.0, 2 * p)[which], length[which], summed, templates)
 
 
-def _summed(values: Floats, length: int) -> Floats:
-    """(ranks,) of (windows, ranks): the newest windows of each rank as one deviation, in units of the ranks' spread."""
+def _summed(values: Floats, length: int) -> tuple[Floats, float]:
+    """(ranks,) of (windows, ranks): the newest windows of each rank as one deviation, in units of the ranks' spread;
+    and how many independent windows that is worth."""
     newest = np.clip(values[-length:], -CAP, CAP)
     number = np.isfinite(newest).sum(axis=0)
     total = np.where(number > 0, np.nansum(newest, axis=0) / np.sqrt(np.maximum(number, 1)), np.nan)
-    found: Floats = total / max(1.0, _spread(total[number > 0]))
-    return found
+    spread = max(1.0, _spread(total[number > 0]))
+    return total / spread, length / spread**2
 
 
 def _spread(values: Floats) -> float:
@@ -126,35 +147,34 @@ def _by_kind(templates: Templates, score: Floats) -> dict[Kind, Indices]:
     return {kind: np.array(sets, dtype=np.int64) for kind, sets in found.items()}
 
 
-def _p_of_standing_out(templates: Templates, summed: Floats, counted: npt.NDArray[np.bool_]) -> Floats:
+def _p_of_standing_out(found: Scanned, summed: Floats, counted: npt.NDArray[np.bool_]) -> Floats:
     """(sets,) 1 unless all of its ranks stand out; all lengths are tried, and paid for."""
+    templates = found.reach
     p = np.ones(templates.sizes.size)
     of_rank = np.ones(counted.size)
-    of_rank[counted] = np.minimum(1.0, np.min([p_of_highest(each[counted]) for each in summed], axis=0) * len(summed))
+    each = [p_of_highest(values[counted], worth) for values, worth in zip(summed, found.independent, strict=True)]
+    of_rank[counted] = np.minimum(1.0, np.min(each, axis=0) * len(each))
     filled = templates.sizes > 0
     p[filled] = np.maximum.reduceat(of_rank[templates.ranks], templates.start[:-1][filled])
     return p
 
 
 def _p_of_sums(
-    templates: Templates,
-    summed: Floats,
-    counted: npt.NDArray[np.bool_],
-    score: Floats,
-    strata: npt.NDArray[np.int64],
-    trial: Trial,
+    found: Scanned, summed: Floats, counted: npt.NDArray[np.bool_], strata: npt.NDArray[np.int64], trial: Trial
 ) -> Floats:
     """(sets,) 1 for sets of one rank."""
-    rows = arrange(strata, trial.rows, np.random.default_rng(trial.seed))
-    chosen = np.flatnonzero((templates.sizes > 1) & np.isfinite(score[0]))
-    p = np.ones(templates.sizes.size)
+    templates = found.reach
+    own = np.full(templates.sizes.size, -np.inf)
+    own[templates.of_element] = found.score
+    chosen = np.flatnonzero((templates.sizes > 1) & np.isfinite(own))
+    p = np.ones(own.size)
     if chosen.size:
+        rows = arrange(strata, trial.rows, np.random.default_rng(trial.seed))
         highest = np.full(trial.rows, -np.inf)
         for values in summed:
             mean = float(values[counted].mean())
             parts = [templates.highest(chosen, part, mean, int(counted.sum())) for part in rows.of(values)]
             np.maximum(highest, np.concatenate(parts), out=highest)
-        own = score[:, chosen].max(axis=0)
-        at_least = trial.rows - np.searchsorted(np.sort(highest), own - _ROUNDING, side="left")
+        at_least = trial.rows - np.searchsorted(np.sort(highest), own[chosen] - _ROUNDING, side="left")
         p[chosen] = np.maximum(at_least, 1) / trial.rows
     return p

@@ -219,8 +219,7 @@ def _map() -> Any:  # noqa: ANN401
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("scores", colormaps["YlOrRd"](np.linspace(0.03, 1.0, 256)))
-    colours.set_bad(_NOTHING)
-    return colours
+    return colours.with_extremes(bad=_NOTHING)
 
 
 def _order(topology: Topology) -> Indices:

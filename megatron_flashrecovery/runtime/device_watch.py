@@ -56,7 +56,7 @@ class DeviceWatch:
         self._network = NetworkCounters()
         self._counting = Counting()
         self._placed: NodePlaced | None = None
-        self._switches = os.environ.get(_SWITCHES, "")
+        self._switches = os.environ.get(_SWITCHES, ""), os.environ.get(f"{_SWITCHES}_PATTERN", "")
 
     def note_device(self, rank: Rank, device: str) -> None:
         """A worker has said on which it computes, by place or UUID; on none, if it is empty."""

@@ -65,7 +65,7 @@ class Dossier:
     node_of: Mapping[Rank, NodeId]
     host_of: Mapping[Rank, str]
     local: Mapping[Rank, int]
-    switches: Mapping[str, str]
+    switches: Mapping[str, tuple[str, str]]
     devices: Mapping[Rank, str]
     groups: Mapping[GroupKey, tuple[Rank, ...]]
     peers: Mapping[Rank, tuple[Rank, ...]]
@@ -187,7 +187,7 @@ class _Reader:
             dict(sorted(node_of.items())),
             host_of,
             _numbers_on_hosts(host_of),
-            {placed.machine: placed.switches for placed in self.placed.values() if placed.switches},
+            {placed.machine: placed.switches for placed in self.placed.values() if placed.switches[0]},
             {rank: place for placed in self.placed.values() for rank, place in placed.devices.items()},
             self.groups,
             self.peers,

@@ -100,14 +100,14 @@ class DeviceNoted:
 class NodePlaced:
     """Where the ranks of a node are: the name of its machine, the place on the bus of the device that each rank
     computes on (left out where it has none), and the UUIDs of devices by place. ``switches`` is what SLURM says of its
-    place in the network (``SLURM_TOPOLOGY_ADDR``), from the outermost switch to the node; empty if it says nothing."""
+    place in the network (``SLURM_TOPOLOGY_ADDR``, and its ``_PATTERN``); empty if it says nothing."""
 
     node: NodeId
     machine: str
     ranks: tuple[Rank, ...]
     devices: Mapping[Rank, str] = field(default_factory=dict)
     uuids: Mapping[str, str] = field(default_factory=dict)
-    switches: str = ""
+    switches: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Records:
             of_host = {key: members for key, members in groups.items() if members[0] in ranks}
             self.write("event", SeatsDescribed(self.node(host), Epoch(0), False, {}, peers, of_host))
             places = {rank: f"0000:{local + 16:02x}:00" for local, rank in enumerate(ranks)}
-            address = addresses[host] if addresses else ""
+            address = (addresses[host], "switch.switch.node") if addresses else ("", "")
             self.write("note", NodePlaced(self.node(host), f"gpu{host:02d}", ranks, places, {}, address))
 
     @staticmethod

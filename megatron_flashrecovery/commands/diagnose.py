@@ -34,6 +34,9 @@ def add_arguments(parser: Arguments) -> None:
     add("--deadline", type=float, default=None, metavar="SECONDS", help="end without a word after so long")
 
 
+_SEARCH = 60.0
+"""Seconds for what the topology does not know; with a deadline, that share of it."""
+_SHARE = 0.5
 _LAST = "look at these of the record (by default: while somebody was slow, or the last 600; incidents: all)"
 _CORDON = "print only the hosts that are to blame: one a line, or as commands for SLURM, which are not run"
 
@@ -47,7 +50,7 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     from megatron_flashrecovery.commands import diagnosis_report
     from megatron_flashrecovery.runtime.case import diagnose, places_of
     from megatron_flashrecovery.runtime.dossier import read_dossier
-    from megatron_flashrecovery.runtime.localizing import locate
+    from megatron_flashrecovery.runtime.localizing import within
     from megatron_flashrecovery.runtime.measured import period_of
     from megatron_flashrecovery.runtime.surroundings import surroundings_of
     from megatron_flashrecovery.runtime.telemetry_file import read_telemetry
@@ -56,6 +59,7 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     more = () if arguments.telemetry is None else read_telemetry(arguments.telemetry, dossier)
     surroundings = surroundings_of(dossier, arguments.topology, environment)
     period = period_of(dossier, arguments.last)
+    locate = within(_SEARCH if arguments.deadline is None else arguments.deadline * _SHARE)
     case = diagnose(dossier, surroundings.topology, period, locate, more, arguments.level)
     if arguments.picture is not None:
         _draw(arguments.picture, case, surroundings)

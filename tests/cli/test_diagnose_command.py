@@ -14,8 +14,8 @@ from megatron_flashrecovery.cli import main
 from megatron_flashrecovery.core.policy import Fault
 from tests.diagnose.recorded import Records
 
-HOSTS, DEVICES = 16, 4
-LEAVES = [f"spine0.leaf{host // 4}.gpu{host:02d}" for host in range(HOSTS)]
+HOSTS, DEVICES = 32, 4
+LEAVES = [f"spine0.leaf{host // 8}.gpu{host:02d}" for host in range(HOSTS)]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def slowed(records, *ranks):
 def test_a_slow_device_is_to_blame(records, capsys):
     code, said = diagnose(slowed(records, 22), capsys)
     assert code == 0
-    assert "64 ranks on 16 hosts; switches by what SLURM told the nodes" in said
+    assert "128 ranks on 32 hosts; switches by what SLURM told the nodes" in said
     assert "to blame: device gpu05/2 (p " in said
     assert "hosts to leave out: gpu05" in said
 
@@ -61,11 +61,11 @@ def test_a_healthy_run_is_undetermined_and_says_why(records, capsys):
 
 
 def test_losses_that_come_under_one_switch_again_and_again_blame_it(records, capsys):
-    code, said = diagnose(records.train(5).lose(16, 21, 24, 31, 18, 29, 22), capsys)
+    code, said = diagnose(records.train(5).lose(32, 41, 48, 63, 37, 58, 45), capsys)
     assert code == 0
     assert "to blame: leaf switch leaf1 (p 0.0" in said
     assert "incidents: 7 of 7 incidents, and it has 25.0% of the ranks" in said
-    assert "hosts to leave out: gpu[04-07]" in said
+    assert "hosts to leave out: gpu[08-12,14-15]" in said
 
 
 def test_losses_anywhere_and_bugs_of_the_script_blame_nobody(records, capsys):
@@ -78,7 +78,8 @@ def test_losses_anywhere_and_bugs_of_the_script_blame_nobody(records, capsys):
 def test_a_site_may_add_what_it_has_counted(records, capsys, tmp_path):
     site = tmp_path / "site.csv"
     rows = [
-        f"{records.now + 5},port errors,errors,gpu{host:02d},{400 if host == 9 else host % 3},60" for host in range(16)
+        f"{records.now + 5},port errors,errors,gpu{host:02d},{400 if host == 9 else host % 3},60"
+        for host in range(HOSTS)
     ]
     site.write_text("\n".join(["time,metric,like,host,value,seconds", *rows]))
     code, said = diagnose(records.train(10), capsys, "--telemetry", site)

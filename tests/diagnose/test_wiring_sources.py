@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,13 @@ def test_a_file_says_what_hosts_hang_on():
     assert last == HostWiring("n4", nics=(Nic("ib0", ("rail0",)), Nic("ib1", ("rail1",))))
     assert [host.name for host in cluster.hosts] == ["n1", "n2", "n3", "n4"]
     assert cluster.all_above(("rail1",)) == ("spine1", "spine2", "core")
+
+
+def test_the_file_in_the_docs_is_one():
+    text = (Path(__file__).parents[2] / "docs" / "diagnose.md").read_text()
+    cluster = parse_topology_file(text.partition("```json")[2].partition("```")[0], "docs")
+    assert len(cluster.hosts) == 32
+    assert cluster.all_above(("leaf1",)) == ("spine1", "spine2", "core")
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_flashrecovery.diagnose.arrangements import arrange
-from megatron_flashrecovery.diagnose.elements import Kind
 from megatron_flashrecovery.diagnose.scores import CAP, Scores
 from megatron_flashrecovery.diagnose.standing_out import p_of_highest
-from megatron_flashrecovery.diagnose.templates import Templates, standardized
+from megatron_flashrecovery.diagnose.templates import KINDS, Templates, standardized
 from megatron_flashrecovery.diagnose.topology import Indices, Topology
 from megatron_flashrecovery.diagnose.trial import Trial
 
@@ -36,7 +35,6 @@ _ENOUGH = 8
 """Fewer have no spread that could be measured."""
 _DEVIATION = 1.16
 """Of the spread of n values from N(0, 1), times sqrt(n)."""
-_KINDS = tuple(Kind)
 _ROUNDING = 1e-3
 
 
@@ -129,22 +127,17 @@ def _spread_out(score: Floats, templates: Templates) -> Floats:
     other hardware (a leaf of hosts) has at least their spread: there may be too few of it to measure its own."""
     found = score.copy()
     spread_below = np.ones(len(score))
-    for kind, chosen in sorted(_by_kind(templates, score).items(), key=lambda item: _KINDS.index(item[0])):
+    usable = (templates.sizes > 1) & np.isfinite(score[0])
+    for number, kind in enumerate(KINDS):
+        chosen = np.flatnonzero(usable & (templates.kinds == number))
+        if not chosen.size:
+            continue
         own = np.array([_spread(each[chosen]) / (1 + _DEVIATION / np.sqrt(chosen.size)) for each in score])
         own = np.maximum(1.0, own)
         if kind.is_hardware:
             own = spread_below = np.maximum(own, spread_below)
         found[:, chosen] /= own[:, None]
     return found
-
-
-def _by_kind(templates: Templates, score: Floats) -> dict[Kind, Indices]:
-    """Sets of several ranks that can be blamed, by kind."""
-    usable = np.flatnonzero((templates.sizes > 1) & np.isfinite(score[0]))
-    found: dict[Kind, list[int]] = {}
-    for k in usable.tolist():
-        found.setdefault(templates.kinds[k], []).append(k)
-    return {kind: np.array(sets, dtype=np.int64) for kind, sets in found.items()}
 
 
 def _p_of_standing_out(found: Scanned, summed: Floats, counted: npt.NDArray[np.bool_]) -> Floats:

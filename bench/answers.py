@@ -17,7 +17,7 @@ from megatron_flashrecovery.diagnose.histories import Histories
 from megatron_flashrecovery.diagnose.localize import combined, unexplained
 from megatron_flashrecovery.diagnose.regions import find_regions
 from megatron_flashrecovery.diagnose.scores import Scores
-from megatron_flashrecovery.diagnose.search import Search
+from megatron_flashrecovery.diagnose.search import Search, Searched
 from megatron_flashrecovery.diagnose.topology import Topology
 
 METHODS = ("threshold", "scan", "gbgp", "product")
@@ -49,27 +49,30 @@ def answers(topology: Topology, scores: Scores, methods: Sequence[str]) -> Itera
     began = time.process_time()
     scanned = localization.localize(topology, scores)
     of_scan = time.process_time() - began
+    began = time.process_time()
+    # Where the scan finds nothing, the product searches the same scores: once is enough.
+    searched = find_regions(topology, scores, SEARCH) if "gbgp" in methods else None
+    of_search = time.process_time() - began
     if "threshold" in methods:
         yield "threshold", _threshold(scores)
     if "scan" in methods:
         yield "scan", _answer(topology, scanned, of_scan)
-    if "gbgp" in methods:
-        yield "gbgp", _gbgp(topology, scores)
+    if searched is not None:
+        yield "gbgp", _of_regions(topology, scores, searched, of_search)
     if "product" in methods:
         began = time.process_time()
         left = unexplained(topology, scores, scanned)
-        found = combined(topology, left, scanned, find_regions(topology, left, SEARCH))
-        yield "product", _answer(topology, found, of_scan + time.process_time() - began)
+        reused = searched if not scanned.faults else None
+        found = combined(topology, left, scanned, reused or find_regions(topology, left, SEARCH))
+        taken = time.process_time() - began + (of_search if reused else 0.0)
+        yield "product", _answer(topology, found, of_scan + taken)
 
 
-def _gbgp(topology: Topology, scores: Scores) -> Answer:
-    began = time.process_time()
-    regions = find_regions(topology, scores, SEARCH).regions
-    explained = [attribute(topology, scores, region.ranks.tolist(), region.p) for region in regions]
-    taken = time.process_time() - began
+def _of_regions(topology: Topology, scores: Scores, searched: Searched, seconds: float) -> Answer:
+    explained = [attribute(topology, scores, region.ranks.tolist(), region.p) for region in searched.regions]
     suspects = [suspect for each in explained for suspect in each.suspects]
-    ranks = np.concatenate([np.empty(0, dtype=np.int64), *(region.ranks for region in regions)])
-    return Answer(_reaches(topology, suspects), np.unique(ranks), bool(regions), taken)
+    ranks = np.concatenate([np.empty(0, dtype=np.int64), *(region.ranks for region in searched.regions)])
+    return Answer(_reaches(topology, suspects), np.unique(ranks), bool(searched.regions), seconds)
 
 
 def _answer(topology: Topology, diagnosis: Diagnosis, seconds: float) -> Answer:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TypeAlias
 
 from megatron_flashrecovery import __version__
-from megatron_flashrecovery.commands import demo, inject, patch, plan, policy, replay, run, status, verify
+from megatron_flashrecovery.commands import demo, diagnose, inject, patch, plan, policy, replay, run, status, verify
 from megatron_flashrecovery.commands.arguments import Arguments, refuse_unknown
 from megatron_flashrecovery.core.errors import ConfigError, RecordDamaged
 
@@ -21,6 +21,7 @@ _COMMANDS: Mapping[str, ModuleType] = {
     "verify": verify,
     "status": status,
     "replay": replay,
+    "diagnose": diagnose,
     "policy": policy,
     "inject": inject,
     "patch": patch,

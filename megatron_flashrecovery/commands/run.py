@@ -81,6 +81,8 @@ def add_arguments(parser: Arguments) -> None:
     for name, what in _DEADLINES.items():
         add(f"--{name}", type=float, default=None, metavar="SECONDS", help=what)
     add("--slow-factor", type=float, default=1.5, metavar="FACTOR", help=_SLOW)
+    add("--no-diagnosis", action="store_true", help="do not look for who is to blame for slow ranks and losses")
+    add("--topology", type=Path, default=None, metavar="FILE", help="describes the cluster for that (docs/diagnose.md)")
     parser.add_argument("script", metavar="SCRIPT", help="the training script")
     parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="flags of the script")
 
@@ -141,6 +143,8 @@ def launch_config(arguments: argparse.Namespace, environment: Mapping[str, str])
         hooks=HOOKS if "--enable-flash-recovery" in arguments.script_args else (),
         deadlines=Deadlines(**{name: value for name, value in deadlines.items() if value is not None}),
         slow_factor=arguments.slow_factor,
+        diagnosis=not arguments.no_diagnosis,
+        topology=arguments.topology,
         token=environment.get(TOKEN, ""),
     )
 

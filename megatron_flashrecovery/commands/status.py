@@ -60,6 +60,11 @@ def tell(status: Status, now: float) -> Iterator[str]:
         )
     for rank, evidence in sorted(status.slow.items()):
         yield f"rank {rank} is slow: {evidence}"
+    if (diagnosis := status.diagnosis) is not None:
+        for blamed in diagnosis.blamed:
+            yield f"to blame: {blamed.element} (p {blamed.p:.2g}): {blamed.evidence}"
+        if diagnosis.undetermined:
+            yield f"{diagnosis.occasion}; nobody is to be blamed: {diagnosis.undetermined}"
     if status.restarts:
         yield f"{_count(status.restarts, 'restart')} of all workers"
     if status.checkpoint is not None:

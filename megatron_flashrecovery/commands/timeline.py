@@ -65,6 +65,11 @@ def _numbers(body: Mapping[str, Any]) -> str:
     return f"on {body['node']}: {body['what']} in step {body['step']}; " + "; ".join([*own, *found])
 
 
+def _diagnosed(body: Mapping[str, Any]) -> str:
+    told = [f"{blamed['element']} is to blame (p {blamed['p']:.2g}): {blamed['evidence']}" for blamed in body["blamed"]]
+    return f"of {body['occasion']}: " + "; ".join(told or [f"undetermined, {body['undetermined']}"])
+
+
 def _groups(body: Mapping[str, Any]) -> str:
     reasons = [f"{group} ({reason})" for group, reason in list(body["rebuild"].items())[:_SHOWN]]
     more = len(body["rebuild"]) - len(reasons)
@@ -83,6 +88,7 @@ _TELLERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "NumbersBad": _numbers,
     "ExecutePlan": _plan,
     "GroupsPlanned": _groups,
+    "Diagnosed": _diagnosed,
 }
 
 

@@ -52,6 +52,7 @@ from megatron_flashrecovery.core.messages import (
     CheckpointWritten,
     ClockTicked,
     Command,
+    Diagnosed,
     Drain,
     Event,
     ExecutePlan,
@@ -98,6 +99,9 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
         case NodeJoined(node=node, room=room):
             job.capacity[node] = room
             return fill_homeless(job, now)
+        case Diagnosed():
+            job.note_diagnosis(event)
+            return []
         case CheckpointWritten(step=step):
             job.checkpoint = step if job.checkpoint is None else max(step, job.checkpoint)
             return []

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.findings import PeersDiffered
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import Event, Loss, RanksHung
+from megatron_flashrecovery.core.messages import Diagnosed, Event, Loss, RanksHung
 from megatron_flashrecovery.core.numbers import Numbers
 from megatron_flashrecovery.core.phases import Draining, Executing, Phase, Staffing, Starting, Training
 from megatron_flashrecovery.core.planner import Origin
@@ -139,6 +139,10 @@ class Job:
         """When recoveries began since the job last made progress; the last few."""
         self.suspicions: Counter[Device] = Counter()
         """How often each device was suspected. Nothing clears them but another job."""
+        self.blamed: dict[NodeId, str] = {}
+        """Nodes that a diagnosis blames, and what for. Nothing clears them but another job."""
+        self.diagnosis: Diagnosed | None = None
+        """The newest."""
         self.deadlocks: set[Step] = set()
         """The steps in which everybody waited for everybody."""
         self.unexplained: set[Step] = set()
@@ -218,6 +222,13 @@ class Job:
         """The device of this seat, on the node where it is now."""
         self.suspicions[self.seats.node_of[rank], rank] += 1
 
+    def note_diagnosis(self, diagnosis: Diagnosed) -> None:
+        """A later one that finds nobody acquits nobody: who is not used any more does nothing wrong."""
+        self.diagnosis = diagnosis
+        for blamed in diagnosis.blamed:
+            for node in blamed.nodes:
+                self.blamed.setdefault(node, f"{blamed.element}, {blamed.evidence}")
+
     def history(self, now: float, rank: Rank | None = None) -> History:
         """Of the job; of a fault of this rank, also of its seat and of its device."""
         recent = sum(now - begun < self.config.fruitless_window for begun in self.begun)
@@ -233,14 +244,15 @@ class Job:
             is_starting=isinstance(self.phase, Starting),
             is_executing=isinstance(self.phase, Executing),
             has_room=node is None or self.has_room_for(node),
+            is_blamed=node in self.blamed,
         )
 
     def has_room_for(self, node: NodeId) -> bool:
-        """Whether the other nodes could take all its seats."""
+        """Whether other nodes that no diagnosis blames could take all its seats."""
         free = sum(
             max(0, capacity - len(self.seats.ranks_on.get(other, ())))
             for other, capacity in self.capacity.items()
-            if other != node
+            if other != node and other not in self.blamed
         )
         return free >= len(self.seats.ranks_on.get(node, ()))
 

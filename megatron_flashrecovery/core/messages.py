@@ -176,6 +176,27 @@ class RanksFinished:
 
 
 @dataclass(frozen=True)
+class Blamed:
+    """A part of the cluster, in words, that a diagnosis takes for a cause, with how often a healthy job would have such
+    a suspect (``p``), and why. ``nodes``: those that it takes in and that show it: no seat shall come there again."""
+
+    element: str
+    p: float
+    evidence: str
+    nodes: tuple[NodeId, ...] = ()
+
+
+@dataclass(frozen=True)
+class Diagnosed:
+    """What a diagnosis of the records made of ``occasion``. ``undetermined`` says why nobody is blamed, else it is
+    empty."""
+
+    occasion: str
+    blamed: tuple[Blamed, ...]
+    undetermined: str
+
+
+@dataclass(frozen=True)
 class CheckpointWritten:
     """The framework's own checkpoint of ``step`` is complete: from now on there is something to fall back to."""
 
@@ -203,6 +224,7 @@ Event: TypeAlias = (
     | PlanExecuted
     | PlanFailed
     | RanksFinished
+    | Diagnosed
     | CheckpointWritten
     | ClockTicked
 )

@@ -80,7 +80,7 @@ class History:
 
     ``is_starting``: before every rank has come to its first step. ``is_executing``: while the ranks execute a plan.
     ``lasted``: for as long as makes sure. ``is_one_operation``: all wait in the same one. ``has_room``: of other nodes.
-    ``fell_back``: the job went back to a checkpoint for this before.
+    ``fell_back``: the job went back to a checkpoint for this before. ``is_blamed``: a diagnosis blames its node.
     """
 
     again: bool = False
@@ -98,6 +98,7 @@ class History:
     is_one_operation: bool = False
     has_room: bool = True
     fell_back: bool = False
+    is_blamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,10 @@ SUSPECTED_WITHOUT_ROOM: Condition = (
     "its device was suspected before, and no other node has room",
     lambda history: history.suspicions > 1 and not history.has_room,
 )
+BLAMED: Condition = (
+    "a diagnosis blames its node, and another node has room",
+    lambda history: history.is_blamed and history.has_room,
+)
 AGAIN: Condition = ("again in the same step of the same rank, after a retry", lambda history: history.again)
 AGAIN_IN_STEP: Condition = ("again in the same step, after a retry", lambda history: history.again)
 NO_ROOM: Condition = ("no other node has room", lambda history: not history.has_room)
@@ -160,15 +165,20 @@ def _suspects(fault: Fault) -> list[Rule]:
     ]
 
 
+def _of_a_place(fault: Fault) -> list[Rule]:
+    """What may come of the machine, the device or the network there; a script has its bugs anywhere."""
+    return [Rule(fault, BLAMED[0], Action.REPLACE_NODE, BLAMED[1]), *_ends_a_process(fault)]
+
+
 def _of_a_device(fault: Fault) -> list[Rule]:
-    return [*_suspects(fault), *_ends_a_process(fault)]
+    return [*_suspects(fault), *_of_a_place(fault)]
 
 
 POLICY: Sequence[Rule] = (
-    *_ends_a_process(Fault.PROCESS_ENDED),
+    *_of_a_place(Fault.PROCESS_ENDED),
     Rule(Fault.EXCEPTION, AGAIN[0], Action.STOP, AGAIN[1]),
     *_ends_a_process(Fault.EXCEPTION),
-    *_ends_a_process(Fault.OUT_OF_MEMORY),
+    *_of_a_place(Fault.OUT_OF_MEMORY),
     *_of_a_device(Fault.DEVICE_ERROR),
     Rule(Fault.DEVICE_MEMORY, AGAIN[0], Action.STOP, AGAIN[1]),
     *_ends_a_process(Fault.DEVICE_MEMORY),
@@ -179,7 +189,7 @@ POLICY: Sequence[Rule] = (
     Rule(Fault.COMMUNICATOR_ERROR, AGAIN_IN_STEP[0], Action.FALL_BACK, AGAIN_IN_STEP[1]),
     Rule(Fault.COMMUNICATOR_ERROR, FRUITLESS[0], Action.FALL_BACK, FRUITLESS[1]),
     Rule(Fault.COMMUNICATOR_ERROR, ALWAYS, Action.RETRY),
-    *_ends_a_process(Fault.HANG),
+    *_of_a_place(Fault.HANG),
     Rule(Fault.CROWD, "for longer than --hang-timeout", Action.FALL_BACK, lambda history: history.lasted),
     Rule(Fault.CROWD, ALWAYS, Action.NOTE),
     Rule(
@@ -204,8 +214,8 @@ POLICY: Sequence[Rule] = (
         Action.PLAN_ANEW,
         lambda history: history.is_executing,
     ),
-    *_ends_a_process(Fault.DEADLINE),
-    *_ends_a_process(Fault.PLAN_FAILED),
+    *_of_a_place(Fault.DEADLINE),
+    *_of_a_place(Fault.PLAN_FAILED),
     Rule(Fault.NO_COPY, ALWAYS, Action.FALL_BACK),
     Rule(Fault.NODE_LOST, NO_NODE[0], Action.STOP, NO_NODE[1]),
     Rule(Fault.NODE_LOST, STARTING[0], Action.START_ANEW, STARTING[1]),

@@ -55,9 +55,9 @@ def open_epoch(job: Job, losses: Mapping[Rank, str], why: str, now: float) -> li
 
 
 def fill_homeless(job: Job, now: float) -> list[Command]:
-    """Seat whoever lost their node on nodes that have room."""
+    """Seat whoever lost their node on nodes that have room, on those that a diagnosis blames last."""
     commands: list[Command] = []
-    for node, capacity in sorted(job.capacity.items()):
+    for node, capacity in sorted(job.capacity.items(), key=lambda each: (each[0] in job.blamed, each)):
         room = capacity - len(job.seats.ranks_on.get(node, ()))
         if room <= 0 or not job.seats.homeless:
             continue

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_flashrecovery.core.devices import Trouble
 from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.detect.counters import INFINIBAND
 
 DRIVER = Path("/proc/driver/nvidia/version")
 COMMAND = (sys.executable, "-m", "megatron_flashrecovery.detect.nvml")
@@ -29,11 +30,13 @@ class DeviceProbe:
         self.why_not = ""
         self.devices: dict[str, str] = {}
         """UUID -> place on the bus, once it is known."""
+        self.counters: dict[str, int] = {}
+        """Of devices and InfiniBand ports, as they were last told."""
         self._asking, self._asked_at = "", clock()
         self._is_told = False
         self._rest = b""
         self._process: subprocess.Popen[bytes] | None = None
-        if command is None and not DRIVER.exists():
+        if command is None and not DRIVER.exists() and not INFINIBAND.exists():
             self.why_not = "there is no NVIDIA driver here"
             return
         self._descriptor, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -79,6 +82,8 @@ class DeviceProbe:
                 self.devices = devices
             case {"missing": str(reason)}:
                 self.why_not = reason
+            case {"counters": dict(counters)}:
+                self.counters = counters
             case {"asking": str(device)}:
                 self._asking, self._asked_at, self._is_told = device, self._clock(), False
             case {"trouble": [str(device), str(fault), str(evidence)]}:

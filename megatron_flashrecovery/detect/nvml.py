@@ -1,5 +1,6 @@
-"""What NVML says of the devices of this machine. Its calls may never return when a device is in trouble, so a process
-of its own makes them: ``python -m megatron_flashrecovery.detect.nvml FD``, which writes a line for each thing."""
+"""What NVML says of the devices of this machine. Its calls may never return when a device is in trouble, and neither
+may those for the counters of InfiniBand ports, so a process of its own makes them: ``python -m
+megatron_flashrecovery.detect.nvml FD``, which writes a line for each thing."""
 
 from __future__ import annotations
 
@@ -11,10 +12,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Protocol, TypeVar, cast
 
+from megatron_flashrecovery.core.counting import EVERY
 from megatron_flashrecovery.core.devices import DeviceReading, Trouble, changes, place_on_bus, trouble_of_xid
 from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.detect.counters import PortCounters
 
 _PR_SET_PDEATHSIG = 1
 _EVENTS_MS = 200
@@ -38,6 +42,7 @@ class Library(Protocol):
     NVMLError: type[Exception]
     NVMLError_Timeout: type[Exception]
     NVMLError_GpuIsLost: type[Exception]
+    NVML_MEMORY_ERROR_TYPE_CORRECTED: int
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED: int
     NVML_VOLATILE_ECC: int
     NVML_FEATURE_ENABLED: int
@@ -54,6 +59,7 @@ class Library(Protocol):
     def nvmlDeviceGetUUID(self, handle: object) -> bytes | str: ...
     def nvmlDeviceGetCurrentClocksEventReasons(self, handle: object) -> int: ...
     def nvmlDeviceGetTotalEccErrors(self, handle: object, errorType: int, counterType: int) -> int: ...
+    def nvmlDeviceGetPcieReplayCounter(self, handle: object) -> int: ...
     def nvmlDeviceGetRemappedRows(self, device: object) -> tuple[int, int, int, int]: ...
     def nvmlDeviceGetNvLinkState(self, device: object, link: int) -> int: ...
     def nvmlEventSetCreate(self) -> object: ...
@@ -107,6 +113,22 @@ class Nvml:
             self._before[device] = reading
         return found
 
+    def counters(self) -> dict[str, int]:
+        """That only grow, by ``device.PLACE.NAME``; those of a device that is lost are left out."""
+        library = self._library
+        found = {}
+        for device, handle in self._handles.items():
+            for name, kind in (
+                ("ecc_corrected", library.NVML_MEMORY_ERROR_TYPE_CORRECTED),
+                ("ecc_uncorrected", library.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
+            ):
+                with suppress(library.NVMLError):
+                    errors = library.nvmlDeviceGetTotalEccErrors(handle, kind, library.NVML_VOLATILE_ECC)
+                    found[f"device.{device}.{name}"] = errors
+            with suppress(library.NVMLError):
+                found[f"device.{device}.pcie_replays"] = library.nvmlDeviceGetPcieReplayCounter(handle)
+        return found
+
     def _read(self, device: str, handle: object) -> DeviceReading:
         library = self._library
         try:
@@ -154,16 +176,22 @@ class Nvml:
         return events
 
 
-def watch(nvml: Nvml, say: Callable[[dict[str, object]], None], clock: Callable[[], float]) -> Iterator[None]:
-    """For ever; a step each time. Says ``devices`` once, ``asking`` before what may hang, and each ``trouble``."""
+def watch(
+    nvml: Nvml, ports: PortCounters, say: Callable[[dict[str, object]], None], clock: Callable[[], float]
+) -> Iterator[None]:
+    """For ever; a step each time. Says ``devices`` once, ``asking`` before what may hang, each ``trouble``, and the
+    ``counters`` now and then."""
     say({"devices": nvml.uuids})
-    due = clock()
+    due = due_counters = clock()
     while True:
         found = []
         if clock() >= due:
             due = clock() + _EVERY
             found += nvml.look(lambda device: say({"asking": device}))
         say({"asking": "any"})
+        if clock() >= due_counters:
+            due_counters = clock() + EVERY
+            say({"counters": nvml.counters() | ports.read()})
         found += nvml.wait_for_events(_EVENTS_MS)
         say({"asking": ""})
         for trouble in found:
@@ -179,13 +207,21 @@ def main() -> None:
     def say(message: dict[str, object]) -> None:
         os.write(descriptor, json.dumps(message).encode() + b"\n")
 
+    ports = PortCounters()
     try:
         nvml = Nvml(cast(Library, importlib.import_module("pynvml")))
     except Exception as error:  # the outermost frame of this process: without NVML there is nothing to watch
         say({"missing": f"{type(error).__name__}: {error}"})
+        _count_only(ports, say)
         return
-    for _ in watch(nvml, say, time.monotonic):
+    for _ in watch(nvml, ports, say, time.monotonic):
         pass
+
+
+def _count_only(ports: PortCounters, say: Callable[[dict[str, object]], None]) -> None:
+    while found := ports.read():
+        say({"counters": found})
+        time.sleep(EVERY)
 
 
 def _text(value: bytes | str) -> str:

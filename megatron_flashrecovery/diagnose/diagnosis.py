@@ -22,9 +22,14 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The likeliest first. ``undetermined`` says why nobody is blamed, or why the first is not told from the next ones;
-    None if the first is to blame. ``method``: ``scan`` or ``gbgp``."""
+    """``suspects``: the likeliest first. ``undetermined`` says why nobody is blamed, or why the first is not told from
+    the next ones; None if the first is to blame. ``method``: ``scan`` or ``gbgp``. ``faults``: for each fault that is
+    beyond chance, the surest first, all suspects that are not told apart: one alone is to blame; of several one is, and
+    what they have in common (a host) is known all the same. ``region``: ranks that are conspicuous together beyond
+    what the scan explains, whether or not an element explains them."""
 
     suspects: tuple[Suspect, ...]
     undetermined: str | None
     method: str
+    faults: tuple[tuple[Suspect, ...], ...] = ()
+    region: tuple[Rank, ...] = ()

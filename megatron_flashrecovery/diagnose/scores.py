@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+CAP = 6.0
+"""What one window of one rank counts at most, either way: a single window proves nothing (see ``standing_out``)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:

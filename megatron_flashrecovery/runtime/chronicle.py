@@ -71,6 +71,7 @@ class Chronicle:
         self._waiting: tuple[Epoch, float] | None = None
         self._slow: frozenset[Rank] = frozenset()
         self._bad: list[BadStep] = []
+        self._blamed: dict[str, core.Blamed] = {}
         self._spikes = Spikes()
         self._started_in: dict[Rank, Epoch] = {}
         self._closed = False
@@ -99,6 +100,8 @@ class Chronicle:
         if isinstance(event, core.RanksStood):
             newest = max((report.step for report in event.reports), default=Step(0))
             self._current.newest = max(self._current.newest, newest)
+        if isinstance(event, core.Diagnosed):
+            self._tell_diagnosis(event)
         self._note_numbers(job.numbers.ended)
         for command in commands:
             self._tell(command, job)
@@ -115,6 +118,13 @@ class Chronicle:
             plan = job.phase.plan
             planned = GroupsPlanned(plan.resume_step, plan.rebuild, plan.kept)
             self._journal.write("note", planned, time=time.time(), now=now, epoch=job.epoch)
+
+    def _tell_diagnosis(self, diagnosed: core.Diagnosed) -> None:
+        for blamed in diagnosed.blamed:
+            self._blamed[blamed.element] = blamed
+            self._say(f"{diagnosed.occasion}: {blamed.element} is to blame (p {blamed.p:.2g}): {blamed.evidence}")
+        if diagnosed.undetermined:
+            self._say(f"{diagnosed.occasion}: nobody is to be blamed: {diagnosed.undetermined}")
 
     def _note_slow(self, slow: Mapping[Rank, str]) -> None:
         if slow.keys() == self._slow:
@@ -203,7 +213,8 @@ class Chronicle:
     def _write_summary(self, failure: str) -> None:
         records = tuple(_record(epoch, measured) for epoch, measured in sorted(self._measured.items()))
         final = {} if failure else dict(sorted(self._final.items()))
-        summary = Summary(self._config.world_size, self._last_step, final, records, tuple(self._bad))
+        blamed = tuple(self._blamed.values())
+        summary = Summary(self._config.world_size, self._last_step, final, records, tuple(self._bad), blamed)
         write_summary(self._config.log_dir, summary)
         self._journal.write("note", _Ended(failure), time=time.time(), epoch=self._epoch)
         self._journal.close()
@@ -212,7 +223,8 @@ class Chronicle:
             self._say("finished; nothing was protected, for the script did not ask for recovery")
         elif not failure:
             word = "recovery" if len(records) == 1 else "recoveries"
-            self._say(f"finished at step {self._last_step} after {len(records)} {word}")
+            who = f"; to blame: {', '.join(self._blamed)}" if self._blamed else ""
+            self._say(f"finished at step {self._last_step} after {len(records)} {word}{who}")
 
     @contextmanager
     def _records_are_optional(self) -> Iterator[None]:

@@ -21,8 +21,10 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId
 from megatron_flashrecovery.core.liveness import overdue
 from megatron_flashrecovery.core.phases import Finished
+from megatron_flashrecovery.core.punctuality import Punctuality
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.chronicle import Chronicle
+from megatron_flashrecovery.runtime.diagnostician import Diagnostician
 from megatron_flashrecovery.runtime.injection import Injection
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.spool import Spool
@@ -38,15 +40,23 @@ class Controller:
     loop."""
 
     def __init__(
-        self, config: LaunchConfig, job: Job, store: tuple[str, int], chronicle: Chronicle, spool: Spool | None = None
+        self,
+        config: LaunchConfig,
+        job: Job,
+        store: tuple[str, int],
+        chronicle: Chronicle,
+        spool: Spool | None = None,
+        diagnostician: Diagnostician | None = None,
     ) -> None:
         self._config = config
         self._job = job
         self._store = store
         self._chronicle = chronicle
         self._spool = spool
+        self._diagnostician = diagnostician
         self._outbox: dict[NodeId, asyncio.Queue[object]] = {}
         self._last_heard: dict[NodeId, float] = {}
+        self._punctuality = Punctuality(config.deadlines.heartbeat_interval)
         self._looked = 0.0
         self._known: set[NodeId] = set()
         self._done: set[NodeId] = set()
@@ -76,6 +86,7 @@ class Controller:
             self._chronicle.remind(self._job, time.monotonic())
             self._check_silence()
             self._look_for_requests()
+            self._look_for_who_is_to_blame()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), _TICK)
 
@@ -112,7 +123,8 @@ class Controller:
     async def _read(self, node: NodeId, messages: AsyncIterator[object]) -> None:
         with self._failures_end_the_job():
             async for message in messages:
-                self._last_heard[node] = time.monotonic()
+                self._last_heard[node] = now = time.monotonic()
+                self._punctuality.hear(node, now)
                 self._hear(message)
             if not self._over.is_set() and node not in self._done:
                 self._lose_node(node, "its agent closed the connection")
@@ -152,6 +164,8 @@ class Controller:
     def _apply(self, event: core.Event) -> None:
         now = time.monotonic()
         commands = handle(self._job, event, now)
+        if self._diagnostician is not None:
+            self._diagnostician.hear(event, now)
         self._chronicle.record(event, commands, self._job, now)
         for command in commands:
             self._order(command)
@@ -177,6 +191,8 @@ class Controller:
             return
         self._dismissal = dismissal
         self._chronicle.close(dismissal.failure)
+        if self._diagnostician is not None:
+            self._diagnostician.close()
         for queue in self._outbox.values():
             queue.put_nowait(dismissal)
         self._over.set()
@@ -197,6 +213,12 @@ class Controller:
             else:
                 self._outbox[node].put_nowait(node_messages.Inject(request.name, request.spec))
 
+    def _look_for_who_is_to_blame(self) -> None:
+        if self._diagnostician is not None:
+            diagnosed = self._diagnostician.look(self._job, time.monotonic())
+            if diagnosed is not None:
+                self._apply(diagnosed)
+
     def _check_silence(self) -> None:
         """Node 0 is this process: if it does not answer, neither do we."""
         now = time.monotonic()
@@ -204,12 +226,16 @@ class Controller:
         if gap > _PAUSE:
             # This process was stopped, starved or stuck on its disk: nobody could be heard, so nobody was silent.
             self._last_heard = {node: last + gap for node, last in self._last_heard.items()}
+            self._punctuality.excuse(gap)
+        for late, gaps in self._punctuality.look(now).items():
+            self._chronicle.note(node_messages.HeartbeatsLate(late, gaps.late, gaps.worst))
         heard = {node: last for node, last in self._last_heard.items() if node != _LOCAL}
         for node in overdue(heard, now, self._config.deadlines.heartbeat_timeout):
             self._lose_node(node, f"nothing heard from its agent for {self._config.deadlines.heartbeat_timeout} s")
 
     def _lose_node(self, node: NodeId, cause: str) -> None:
         self._last_heard.pop(node, None)
+        self._punctuality.forget(node)
         outbox = self._outbox.pop(node, None)
         if outbox is not None:
             outbox.put_nowait(node_messages.Dismiss(f"this node was given up: {cause}", 1, at_once=True))

@@ -1,4 +1,5 @@
-"""What an agent makes of what the driver says of devices: whoever computes on one that has failed is ended, and lost.
+"""What an agent makes of what is said of devices and links: whoever computes on a device that has failed is ended, and
+lost; where ranks are, and what counters say, is told for the record.
 
 Nothing here waits: the kernel's log is read as far as it is written, and NVML is asked by a process of its own.
 """
@@ -6,20 +7,24 @@ Nothing here waits: the kernel's log is read as far as it is written, and NVML i
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from megatron_flashrecovery.core.counting import Counting
 from megatron_flashrecovery.core.devices import Incidents, device_of, place_on_bus, xid_in
 from megatron_flashrecovery.core.ids import NodeId, Rank, WorkerId
 from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.detect.counters import NetworkCounters
 from megatron_flashrecovery.detect.device_probe import DeviceProbe
 from megatron_flashrecovery.detect.kernel_log import KernelLog
 from megatron_flashrecovery.runtime.farewell import Sender
-from megatron_flashrecovery.runtime.node_messages import DeviceNoted
+from megatron_flashrecovery.runtime.node_messages import DeviceNoted, NodeMeasured, NodePlaced
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded
 
 _EVERY = 0.1
+_SWITCHES = "SLURM_TOPOLOGY_ADDR"
 _REAPED_WITHIN = 0.4
 """Seconds: a process whose device is gone may hang in the driver for minutes, killed as it is."""
 
@@ -48,6 +53,10 @@ class DeviceWatch:
         self._fault_of: dict[WorkerId, Fault] = {}
         self._doomed: dict[WorkerId, tuple[Worker, float]] = {}
         self._next_look = clock()
+        self._network = NetworkCounters()
+        self._counting = Counting()
+        self._placed: NodePlaced | None = None
+        self._switches = os.environ.get(_SWITCHES, ""), os.environ.get(f"{_SWITCHES}_PATTERN", "")
 
     def note_device(self, rank: Rank, device: str) -> None:
         """A worker has said on which it computes, by place or UUID; on none, if it is empty."""
@@ -71,7 +80,27 @@ class DeviceWatch:
                     self._fault_of.update({worker.id: trouble.fault for worker in on_it})
                     self._doomed.update({worker.id: (worker, now + _REAPED_WITHIN) for worker in on_it})
                     found += [(worker, trouble.evidence) for worker in on_it]
+        self._tell_where_ranks_are()
+        self._tell_what_has_grown(now)
         return found
+
+    def _tell_where_ranks_are(self) -> None:
+        if self._said.keys() != set(self._ranks):
+            return
+        places = {rank: self._device_of(local, rank) for local, rank in enumerate(self._ranks)}
+        devices = {rank: place for rank, place in places.items() if place is not None}
+        uuids = {place: uuid for uuid, place in self._probe.devices.items() if place in devices.values()}
+        placed = NodePlaced(self._node, platform.node(), self._ranks, devices, uuids, self._switches)
+        if placed != self._placed:
+            self._placed = placed
+            self._control.send(placed)
+
+    def _tell_what_has_grown(self, now: float) -> None:
+        if not self._counting.is_due(now):
+            return
+        growth = self._counting.look(self._network.read() | self._probe.counters, now)
+        if growth is not None:
+            self._control.send(NodeMeasured(self._node, growth.seconds, growth.grown))
 
     def fault_of(self, worker: WorkerId, otherwise: Fault) -> Fault:
         """Of one that has ended."""
@@ -90,6 +119,7 @@ class DeviceWatch:
     def close(self) -> None:
         self._log.close()
         self._probe.close()
+        self._network.close()
 
     def _ranks_on(self, device: str) -> tuple[Rank, ...]:
         return tuple(rank for local, rank in enumerate(self._ranks) if self._device_of(local, rank) == device)

@@ -25,6 +25,7 @@ from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.agent import Agent
 from megatron_flashrecovery.runtime.chronicle import Chronicle
 from megatron_flashrecovery.runtime.controller import Controller
+from megatron_flashrecovery.runtime.diagnostician import Diagnostician
 from megatron_flashrecovery.runtime.echo import Echo
 from megatron_flashrecovery.runtime.heartbeat import Heart
 from megatron_flashrecovery.runtime.injections import refuse_impossible
@@ -139,7 +140,8 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
     )
     job = Job.start(job_config, seats, sharded=True)
     spool = Spool(config.log_dir) if config.allow_injection or config.injections else None
-    controller = Controller(config, job, (config.master_addr, store_port), chronicle, spool)
+    diagnostician = Diagnostician(config.log_dir, config.topology, os.environ) if config.diagnosis else None
+    controller = Controller(config, job, (config.master_addr, store_port), chronicle, spool, diagnostician)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(
         target=lambda: loop.run_until_complete(controller.run()), name="flashrecovery-controller", daemon=True
@@ -159,6 +161,8 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
             stop()
     finally:
         chronicle.close("the launcher ended")
+        if diagnostician is not None:
+            diagnostician.close()
         if spool is not None:
             spool.close()
         if not thread.is_alive():

@@ -54,7 +54,8 @@ class LaunchConfig:
     seconds, workers have to end by themselves after SIGTERM. ``preload``: workers are forked from a
     process that has done the script's imports. ``hooks`` (``module:function``) are called in each process before the
     script is loaded. ``slow_factor``: whoever computes so many times as long as its peers is said to be slow; 0: nobody
-    is. ``allow_injection``: a user may inject faults later on, as ``injections`` imply. ``token`` is empty if the
+    is. ``diagnosis``: who is to blame is looked for while the job goes on; ``topology`` describes the cluster for that.
+    ``allow_injection``: a user may inject faults later on, as ``injections`` imply. ``token`` is empty if the
     launcher is to draw one.
     """
 
@@ -77,6 +78,8 @@ class LaunchConfig:
     hooks: tuple[str, ...] = ()
     deadlines: Deadlines = field(default_factory=Deadlines)
     slow_factor: float = 1.5
+    diagnosis: bool = True
+    topology: Path | None = None
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +100,8 @@ class LaunchConfig:
         if self.shutdown_timeout < 0:
             raise ConfigError(f"--shutdown-timeout {self.shutdown_timeout}: give seconds, or 0 to end workers at once")
         JobConfig(slow_factor=self.slow_factor)
+        if self.topology is not None and not self.topology.is_file():
+            raise ConfigError(f"--topology {self.topology} does not exist: see docs/diagnose.md, or leave it out")
         for injection in self.injections:
             if injection.rank >= self.world_size:
                 raise ConfigError(

@@ -6,7 +6,7 @@ These carry what a person or the record wants to know; no decision depends on th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, get_args
 
 from megatron_flashrecovery.comm.codec import Codec
@@ -94,6 +94,40 @@ class DeviceNoted:
     def of(cls, node: NodeId, trouble: Trouble, ranks: tuple[Rank, ...]) -> DeviceNoted:
         fault = "" if trouble.fault is None else trouble.fault.value
         return cls(node, trouble.device, ranks, fault, trouble.evidence)
+
+
+@dataclass(frozen=True)
+class NodePlaced:
+    """Where the ranks of a node are: the name of its machine, the place on the bus of the device that each rank
+    computes on (left out where it has none), and the UUIDs of devices by place. ``switches`` is what SLURM says of its
+    place in the network (``SLURM_TOPOLOGY_ADDR``, and its ``_PATTERN``); empty if it says nothing."""
+
+    node: NodeId
+    machine: str
+    ranks: tuple[Rank, ...]
+    devices: Mapping[Rank, str] = field(default_factory=dict)
+    uuids: Mapping[str, str] = field(default_factory=dict)
+    switches: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
+class NodeMeasured:
+    """By how much counters of a node have grown in the ``seconds`` since the last time that it was told, or since the
+    agent began; those that have not grown are left out. See ``core.counting`` for their names and for when it is
+    told."""
+
+    node: NodeId
+    seconds: float
+    grown: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class HeartbeatsLate:
+    """A node was heard, but late: ``late`` times since it was last told, at worst after ``worst`` seconds."""
+
+    node: NodeId
+    late: int
+    worst: float
 
 
 @dataclass(frozen=True)
@@ -203,6 +237,8 @@ FromAgent: TypeAlias = (
     | InjectionNoted
     | InjectionAnswered
     | DeviceNoted
+    | NodePlaced
+    | NodeMeasured
     | ExecutionNoted
     | FirstStepNoted
     | FinalNoted

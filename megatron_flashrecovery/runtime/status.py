@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.messages import Diagnosed
 from megatron_flashrecovery.core.waiting import whom_for
 from megatron_flashrecovery.runtime.journal import FILE_NAME, Line, decode_as, read_journal
 from megatron_flashrecovery.runtime.replay import replay
@@ -71,6 +72,7 @@ class Status:
     restarts: int = 0
     checkpoint: Step | None = None
     slow: Mapping[Rank, str] = field(default_factory=dict)
+    diagnosis: Diagnosed | None = None
     failure: str | None = None
     launcher: LauncherNoted | None = None
 
@@ -116,6 +118,7 @@ def status_of(directory: Path) -> Status:
         restarts=job.restarts,
         checkpoint=job.checkpoint,
         slow=dict(job.own_times.slow),
+        diagnosis=job.diagnosis,
         failure=None if end is None else str(end.body["failure"]),
         last_word=max(lines[-1].time, step_time or 0.0),
         launcher=launcher,

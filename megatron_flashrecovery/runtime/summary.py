@@ -11,6 +11,7 @@ import msgspec
 
 from megatron_flashrecovery.core.errors import RecordDamaged
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.messages import Blamed
 from megatron_flashrecovery.core.numbers import BadStep
 
 SUMMARY_NAME = "summary.json"
@@ -73,13 +74,14 @@ class RecoveryRecord:
 
 @dataclass(frozen=True)
 class Summary:
-    """``state_sha256`` is empty for a run that did not reach its last step."""
+    """``state_sha256`` is empty for a run that did not reach its last step. ``blamed``: whoever diagnoses named."""
 
     world_size: int
     steps: int
     state_sha256: Mapping[Rank, str]
     recoveries: tuple[RecoveryRecord, ...] = ()
     bad_numbers: tuple[BadStep, ...] = ()
+    blamed: tuple[Blamed, ...] = ()
 
 
 class StepLog:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,10 @@ def test_the_fields_are_these_and_a_new_one_is_a_decision():
         "deadlines",
         # Which difference matters depends on the hardware: nodes of two kinds are no fault.
         "slow_factor",
+        # A diagnosis takes a minute of one core of node 0, now and then: a site may have another use for it.
+        "diagnosis",
+        # Switches and power domains are the site's, nothing in a job tells them.
+        "topology",
         "token",
     ]
     assert [field.name for field in fields(Deadlines)] == [
@@ -96,6 +101,7 @@ def test_a_wrong_injection_is_named(spec, says):
         pytest.param({"nnodes": 2, "master_port": 1}, "FLASHRECOVERY_TOKEN is not set", id="no-token"),
         pytest.param({"master_port": 70000}, "--master-port 70000", id="port"),
         pytest.param({"spares_per_node": -1}, "--spares-per-node -1", id="spares"),
+        pytest.param({"topology": Path("nowhere.json")}, "--topology nowhere.json does not exist", id="topology"),
         pytest.param({"slow_factor": 0.9}, "--slow-factor 0.9: give more than 1, or 0", id="slow-factor"),
         pytest.param(
             {"nproc_per_node": 4, "injections": (Injection(4, 1, Moment.MIRROR),)},

@@ -24,6 +24,8 @@ OURS = {
 }
 # Which difference between ranks matters is the user's to say: nodes of two kinds are no fault.
 OURS |= {"--slow-factor"}
+# Switches and power domains are the site's, and a diagnosis takes time of node 0 that a site may want for itself.
+OURS |= {"--topology", "--no-diagnosis"}
 
 
 def parser():

@@ -10,7 +10,7 @@ import pytest
 from megatron_flashrecovery.cli import main
 from megatron_flashrecovery.core.coordinator import handle
 from megatron_flashrecovery.core.job import Job
-from megatron_flashrecovery.core.messages import CheckpointWritten, StepsTimed
+from megatron_flashrecovery.core.messages import Blamed, CheckpointWritten, Diagnosed, StepsTimed
 from megatron_flashrecovery.core.seats import Seats
 from megatron_flashrecovery.runtime.chronicle import Chronicle
 from megatron_flashrecovery.runtime.dialogue import StepDone
@@ -149,3 +149,12 @@ def test_programs_get_json(run, capsys):
 def test_a_directory_without_a_run_is_bad_input(tmp_path, capsys):
     assert main(["status", str(tmp_path)], {}) == 2
     assert "journal.jsonl does not exist: name the --log-dir of a run, or" in capsys.readouterr().err
+
+
+def test_who_is_to_blame_by_the_newest_diagnosis_is_said(run, capsys):
+    run.train().tell(Diagnosed("rank 3 is slow", (Blamed("host n1", 0.002, "its ranks are slow", (B,)),), ""))
+    assert "to blame: host n1 (p 0.002): its ranks are slow" in run.status(capsys)[1]
+    run.tell(Diagnosed("3 incidents so far", (), "nothing stands out"))
+    _, said = run.status(capsys)
+    assert "3 incidents so far; nobody is to be blamed: nothing stands out" in said
+    assert "host n1" not in said

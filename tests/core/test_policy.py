@@ -83,6 +83,17 @@ def test_every_fault_has_rules_and_the_last_of_them_always_applies(fault):
             id="bad-numbers-behind-the-checkpoint",
         ),
         pytest.param(Fault.CORRUPTION, History(), Action.FALL_BACK, id="peers-differ"),
+        pytest.param(Fault.PROCESS_ENDED, History(is_blamed=True), Action.REPLACE_NODE, id="on-a-node-that-is-blamed"),
+        pytest.param(
+            Fault.HANG, History(is_blamed=True, has_room=False), Action.REPLACE_PROCESS, id="blamed-and-no-other-node"
+        ),
+        pytest.param(
+            Fault.EXCEPTION, History(is_blamed=True), Action.REPLACE_PROCESS, id="a-bug-on-a-node-that-is-blamed"
+        ),
+        pytest.param(
+            Fault.DEADLINE, History(is_blamed=True, is_executing=True), Action.PLAN_ANEW, id="a-late-plan-blames-nobody"
+        ),
+        pytest.param(Fault.SLOW, History(is_blamed=True), Action.NOTE, id="a-slow-rank-is-noted"),
     ],
 )
 def test_the_first_rule_that_applies_counts(fault, history, action):

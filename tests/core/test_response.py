@@ -5,10 +5,13 @@ import pytest
 from megatron_flashrecovery.core.coordinator import Job
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import (
+    Blamed,
     CheckpointWritten,
+    Diagnosed,
     Fence,
     Loss,
     NodeJoined,
+    NodeLost,
     Park,
     RestartAll,
     StartWorkers,
@@ -102,6 +105,50 @@ def test_a_device_that_is_suspected_before_all_have_started_is_left_out_of_the_n
     fence, start, restart = play(job, fell(3, Fault.DEVICE_ERROR))
     assert isinstance(fence, Fence)
     assert (start, isinstance(restart, RestartAll)) == (StartWorkers(SPARE, 1, (2, 3)), True)
+
+
+# --- nodes that a diagnosis blames ------------------------------------------------------------------------------------
+
+
+def blame(*nodes):
+    return Diagnosed("rank 3 is slow", (Blamed("host b", 0.002, "its ranks are slow", nodes),), "")
+
+
+def test_a_node_that_is_blamed_is_left_out_when_it_loses_a_rank_and_another_has_room():
+    job = training_job()
+    assert play(job, NodeJoined(SPARE, 2), blame(B)) == []
+    fence, park, start = play(job, lost(B, 3))
+    assert fence == Fence(B, (2, 3), "b is left out: rank 3: killed by SIGKILL", 1, Fault.NODE_LOST)
+    assert (park.lost, start) == ((2, 3), StartWorkers(SPARE, 1, (2, 3)))
+
+
+def test_without_another_node_a_blamed_one_goes_on():
+    job = training_job()
+    play(job, blame(B))
+    park, start = play(job, lost(B, 3))
+    assert isinstance(park, Park)
+    assert start == StartWorkers(B, 1, (3,))
+
+
+def test_a_blamed_node_is_no_room_for_others_and_gets_seats_only_if_no_other_is_left():
+    job = training_job()
+    good = NodeId("zz")
+    play(job, NodeJoined(SPARE, 2), blame(SPARE, B))
+    assert not job.has_room_for(B)
+    play(job, NodeJoined(good, 2))
+    *_, start = play(job, lost(B, 3))
+    assert start == StartWorkers(good, 1, (2, 3))
+    job = training_job()
+    play(job, NodeJoined(SPARE, 2), blame(SPARE))
+    assert play(job, NodeLost(B, "gone"))[-1] == StartWorkers(SPARE, 1, (2, 3))
+
+
+def test_a_later_diagnosis_that_finds_nobody_acquits_nobody():
+    job = training_job()
+    later = Diagnosed("3 incidents so far", (), "nothing stands out")
+    play(job, blame(B), later)
+    assert job.blamed == {B: "host b, its ranks are slow"}
+    assert job.diagnosis == later
 
 
 # --- copies that may be wrong ----------------------------------------------------------------------------------------

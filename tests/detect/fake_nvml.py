@@ -33,6 +33,8 @@ class FakeDevice:
     is_lost: bool = False
     supports_events: bool = True
     uncorrectable: int = 0
+    corrected: int = 0
+    replays: int | None = 0
     rows: tuple[int, int, int, int] = (0, 0, 0, 0)
     links: list[int] = field(default_factory=lambda: [1, 1, 0])
     reasons: int = 0
@@ -49,6 +51,7 @@ class FakeNvml:
     NVMLError = NVMLError
     NVMLError_Timeout = NVMLError_Timeout
     NVMLError_GpuIsLost = NVMLError_GpuIsLost
+    NVML_MEMORY_ERROR_TYPE_CORRECTED = 0
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 1
     NVML_VOLATILE_ECC = 0
     NVML_FEATURE_ENABLED = 1
@@ -82,7 +85,13 @@ class FakeNvml:
         return _asked(handle).reasons
 
     def nvmlDeviceGetTotalEccErrors(self, handle: FakeDevice, errorType: int, counterType: int) -> int:
-        return _asked(handle).uncorrectable
+        device = _asked(handle)
+        return device.uncorrectable if errorType else device.corrected
+
+    def nvmlDeviceGetPcieReplayCounter(self, handle: FakeDevice) -> int:
+        if (replays := _asked(handle).replays) is None:
+            raise NVMLError_NotSupported
+        return replays
 
     def nvmlDeviceGetRemappedRows(self, device: FakeDevice) -> tuple[int, int, int, int]:
         return _asked(device).rows

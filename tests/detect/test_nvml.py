@@ -11,12 +11,14 @@ from collections.abc import Callable
 import pytest
 
 from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.detect.counters import PortCounters
 from megatron_flashrecovery.detect.device_probe import DeviceProbe
 from megatron_flashrecovery.detect.nvml import Library, Nvml, watch
 from tests.detect import fake_nvml
 from tests.detect.fake_nvml import FakeDevice, FakeEvent, FakeNvml
 
 PLACE = "0000:3b:00"
+COUNTERS = ("ecc_corrected", "ecc_uncorrected", "pcie_replays")
 
 
 @pytest.fixture
@@ -78,10 +80,24 @@ def test_a_device_that_supports_little_is_no_trouble(library, device):
     assert nvml.look(lambda device: None) == []
 
 
-def test_who_is_asked_is_said_before_and_that_nobody_is_asked_after(nvml):
+def test_who_is_asked_is_said_before_and_that_nobody_is_asked_after(nvml, tmp_path):
     said: list[dict[str, object]] = []
-    next(watch(nvml, said.append, itertools.count().__next__))
-    assert said == [{"devices": {"GPU-1": PLACE}}, {"asking": PLACE}, {"asking": "any"}, {"asking": ""}]
+    next(watch(nvml, PortCounters(tmp_path), said.append, itertools.count().__next__))
+    counters = dict.fromkeys((f"device.{PLACE}.{name}" for name in COUNTERS), 0)
+    assert said == [
+        {"devices": {"GPU-1": PLACE}},
+        {"asking": PLACE},
+        {"asking": "any"},
+        {"counters": counters},
+        {"asking": ""},
+    ]
+
+
+def test_counters_that_a_device_does_not_have_are_left_out_and_so_is_a_device_that_is_lost(nvml, device):
+    device.corrected, device.replays = 7, None
+    assert nvml.counters() == {f"device.{PLACE}.ecc_corrected": 7, f"device.{PLACE}.ecc_uncorrected": 0}
+    device.is_lost = True
+    assert nvml.counters() == {}
 
 
 def functions_of(library: object) -> dict[str, list[str]]:
@@ -95,7 +111,7 @@ def functions_of(library: object) -> dict[str, list[str]]:
 
 def test_the_fake_has_the_functions_constants_and_errors_of_the_installed_package():
     real = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
-    assert len(functions_of(FakeNvml)) == 13
+    assert len(functions_of(FakeNvml)) == 14
     assert functions_of(real) == functions_of(FakeNvml) == functions_of(Library)
     constants = [name for name in Library.__annotations__ if not name.startswith("NVMLError")]
     assert {name: getattr(real, name) for name in constants} == {name: getattr(FakeNvml, name) for name in constants}
@@ -135,10 +151,12 @@ def wait_for(probe: DeviceProbe, claim: Callable[[], bool]) -> list[object]:
 def test_what_the_process_says_is_heard_and_that_it_hangs_is_a_note_told_once():
     clock = Clock()
     trouble = {"trouble": [PLACE, "DEVICE_POISONED", "bad memory"]}
-    probe = probe_that_says({"devices": {"GPU-1": PLACE}}, trouble, {"asking": PLACE}, clock=clock)
+    counted = {"counters": {"ib.mlx5_0/1.symbol_error": 3}}
+    probe = probe_that_says({"devices": {"GPU-1": PLACE}}, trouble, counted, {"asking": PLACE}, clock=clock)
     try:
         found = wait_for(probe, lambda: probe._asking == PLACE)
         assert probe.devices == {"GPU-1": PLACE}
+        assert probe.counters == {"ib.mlx5_0/1.symbol_error": 3}
         assert [(each.fault, each.evidence) for each in found] == [(Fault.DEVICE_POISONED, "bad memory")]
         clock.now = 4.0
         assert probe.look() == []

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
+from megatron_flashrecovery.core.messages import Blamed
 from megatron_flashrecovery.core.numbers import BadStep
 from megatron_flashrecovery.runtime.summary import (
     GroupTally,
@@ -26,7 +27,10 @@ RECOVERY = RecoveryRecord(
     Epoch(1), "killed by SIGKILL", (Rank(5),), Step(5), 1, SECONDS, GroupTally(6, 10), {Rank(5): "mirror of rank 7"}
 )
 BAD = BadStep(Step(7), "the norm is nan", 1, "did not come again", "the gradient of rank 5", Rank(5))
-SUMMARY = Summary(world_size=8, steps=12, state_sha256={Rank(0): "ab"}, recoveries=(RECOVERY,), bad_numbers=(BAD,))
+BLAMED = Blamed("host n1", 0.002, "its ranks are slow", (NodeId("node1"),))
+SUMMARY = Summary(
+    world_size=8, steps=12, state_sha256={Rank(0): "ab"}, recoveries=(RECOVERY,), bad_numbers=(BAD,), blamed=(BLAMED,)
+)
 
 
 def line(step, loss=2.5, epoch=0):
@@ -70,6 +74,8 @@ def test_a_summary_has_the_fields_that_others_script_against(tmp_path):
                 "suspect": 5,
             }
         ],
+        # New with diagnoses: whom they have named while the job went on.
+        "blamed": [{"element": "host n1", "p": 0.002, "evidence": "its ranks are slow", "nodes": ["node1"]}],
     }
     assert read_summary(tmp_path) == SUMMARY
 

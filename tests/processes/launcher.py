@@ -61,8 +61,11 @@ class Outcome:
     def recoveries(self) -> tuple[RecoveryRecord, ...]:
         return self.summary.recoveries
 
+    def journal_lines(self) -> list[Line]:
+        return list(read_journal(self.log_dir / "journal.jsonl"))
+
     def journal(self, name: str) -> list[Line]:
-        return [line for line in read_journal(self.log_dir / "journal.jsonl") if line.name == name]
+        return [line for line in self.journal_lines() if line.name == name]
 
     def groups(self) -> dict[str, tuple[int, ...]]:
         """The members of every group of the job."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_flashrecovery.core.counting import EVERY
 from megatron_flashrecovery.core.devices import Trouble
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.runtime.device_watch import DeviceWatch
+from megatron_flashrecovery.runtime.node_messages import NodeMeasured, NodePlaced
 
 NODE = NodeId("node1")
 XID_48 = "NVRM: Xid (PCI:0000:3b:00): 48, pid=7, DBE"
@@ -47,6 +50,7 @@ class Probe(Log):
     def __init__(self) -> None:
         super().__init__()
         self.devices = {"GPU-1": "0000:3b:00", "GPU-2": "0000:5e:00"}
+        self.counters: dict[str, int] = {}
         self.troubles: list[Trouble] = []
 
     def look(self) -> Iterable[Trouble]:
@@ -142,3 +146,36 @@ def test_who_computes_on_no_device_is_not_ended_for_one(node):
     node.watch.note_device(Rank(4), "")
     node.log.new = [XID_48]
     assert node.look() == []
+
+
+# --- for the record --------------------------------------------------------------------------------------------------
+
+
+def notes(node, kind):
+    return [note for note in node.control if isinstance(note, kind)]
+
+
+def test_where_ranks_are_is_told_once_all_have_said_it_and_again_when_it_changes(node):
+    node.watch.note_device(Rank(4), "GPU-1")
+    node.look()
+    assert notes(node, NodePlaced) == []
+    node.watch.note_device(Rank(5), "")
+    node.look()
+    node.look()
+    (placed,) = notes(node, NodePlaced)
+    assert (placed.node, placed.ranks, placed.machine) == (NODE, (4, 5), platform.node())
+    assert (placed.devices, placed.uuids) == ({4: "0000:3b:00"}, {"0000:3b:00": "GPU-1"})
+    node.watch.note_device(Rank(5), "0000:5E:00.0")
+    node.look()
+    assert notes(node, NodePlaced)[1].devices == {4: "0000:3b:00", 5: "0000:5e:00"}
+
+
+def test_what_counters_of_devices_have_grown_by_is_told(node):
+    node.probe.counters = {"device.0000:3b:00.pcie_replays": 5}
+    node.look()
+    node.clock.now += EVERY
+    node.probe.counters = {"device.0000:3b:00.pcie_replays": 8}
+    node.look()
+    (measured,) = notes(node, NodeMeasured)
+    assert measured.grown["device.0000:3b:00.pcie_replays"] == 3
+    assert measured.seconds == pytest.approx(EVERY, abs=0.5)

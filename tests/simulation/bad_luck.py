@@ -8,7 +8,7 @@ from megatron_flashrecovery.core import policy
 from megatron_flashrecovery.core.findings import Finding, NumbersBad, NumbersSound, PeersDiffered
 from megatron_flashrecovery.core.hangs import few
 from megatron_flashrecovery.core.ids import Rank, Step
-from megatron_flashrecovery.core.messages import NodeLost, OperationsFailed, RanksHung, StepsTimed
+from megatron_flashrecovery.core.messages import Blamed, Diagnosed, NodeLost, OperationsFailed, RanksHung, StepsTimed
 from megatron_flashrecovery.core.phases import Draining, Training
 from megatron_flashrecovery.core.policy import NanChoice
 from tests.simulation.settings import Fault
@@ -181,6 +181,9 @@ class BadLuck:
                 self._cut(victims[0])
             case "numbers":
                 self._tell_of_numbers(victims)
+            case "diagnosis":
+                nodes = tuple(sorted({victim.agent.node for victim in victims}))
+                self.world.tell(Diagnosed("an occasion", (Blamed("host", 0.001, "it is slow", nodes),), ""))
             case "differ":
                 self._tell_who_differs(victims[0])
 

@@ -14,6 +14,7 @@ _ALARMS = 0.15
 _WATCHES = 0.25
 _POISONS = 0.2
 _CUTS = 0.2
+_DIAGNOSES = 0.2
 PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
 
 
@@ -156,6 +157,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
             *_draw_poison(seed, off),
             *_draw_cut(seed, off),
             *_draw_numbers(seed, off),
+            *_draw_diagnosis(seed, off),
         ),
         spares=rng.choice([0, 1, 1, 2]),
         spare_delay=rng.choice([0.0, 0.5, 5.0]),
@@ -192,6 +194,15 @@ def _draw_numbers(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
         Fault("turn", rng.random(), rng.choice([0, 3, 30]), rng.choice(["one", "two", "all"]), rng.choice(kinds))
         for _ in range(rng.choice([1, 1, 2, 3]))
     )
+
+
+def _draw_diagnosis(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
+    """Sometimes a diagnosis blames a node, and sometimes all. Drawn apart, too."""
+    rng = Random(f"diagnosis {seed}")
+    if off or rng.random() > _DIAGNOSES:
+        return ()
+    when = rng.choice(["turn"] * 4 + ["Draining", "Staffing", "Executing", "Training"])
+    return (Fault(when, rng.random() / 2, rng.choice([0, 3, 30]), rng.choice(["one", "one", "all"]), "diagnosis"),)
 
 
 def _draw_poison(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:

@@ -18,11 +18,12 @@ from megatron_flashrecovery.diagnose.gbgp.objective import Objective, OneRatio, 
 from megatron_flashrecovery.diagnose.gbgp.projection import Model, Projection, best_available
 from megatron_flashrecovery.diagnose.gbgp.projector import Projector, in_processes
 from megatron_flashrecovery.diagnose.gbgp.region import Region, regions
-from megatron_flashrecovery.diagnose.gbgp.significance import Found, Trial, detect
+from megatron_flashrecovery.diagnose.gbgp.significance import Calibration, Found, Trial, detect, exchange
 from megatron_flashrecovery.diagnose.gbgp.solver import Ended, Problem, Settings, Solution, Variant, solve
 
 __all__ = [
     "Blocks",
+    "Calibration",
     "Coupling",
     "Cut",
     "Ended",
@@ -47,6 +48,7 @@ __all__ = [
     "cut",
     "detect",
     "evolving",
+    "exchange",
     "in_processes",
     "in_succession",
     "layered",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_flashrecovery.diagnose.gbgp.network import Vector
+from megatron_flashrecovery.diagnose.gbgp.network import Indices, Vector
 from megatron_flashrecovery.diagnose.gbgp.projector import Projector
 from megatron_flashrecovery.diagnose.gbgp.region import Region, regions
 from megatron_flashrecovery.diagnose.gbgp.solver import Problem, Settings, solve
@@ -72,7 +72,16 @@ class Calibration:
         self._ordered = np.sort(values, axis=0)
         ranks = np.array([[self._rank(k, value) for k, value in enumerate(row)] for row in values])
         self._best_ranks = ranks.min(axis=1)
-        self.best = int(np.argmin(ranks[0]))
+        self._middle = np.median(values, axis=0)
+        self._spread = np.maximum(np.median(np.abs(values - self._middle), axis=0), np.finfo(float).tiny)
+        self.best = self.best_of(values[0])
+
+    def best_of(self, row: npt.ArrayLike) -> int:
+        """The statistic that is most conspicuous in a row: by how few rows have as much, and where their number cannot
+        tell, by how far it is above them."""
+        values = np.asarray(row, dtype=np.float64)
+        ranks = [self._rank(k, value) for k, value in enumerate(values)]
+        return int(np.lexsort(((self._middle - values) / self._spread, ranks))[0])
 
     def p(self, statistic: int, value: float) -> float:
         """Of a value of that statistic, not above the one that was observed."""
@@ -89,11 +98,15 @@ def permuted(scores: Vector, strata: npt.ArrayLike, rng: np.random.Generator) ->
     labels = np.asarray(strata).reshape(-1)
     if labels.size != scores.size:
         raise ValueError(f"{labels.size} labels for {scores.size} scores: give one for each")
-    place = np.lexsort((np.arange(labels.size), labels))
-    taken = np.lexsort((rng.random(labels.size), labels))
-    found = np.empty(scores.size)
-    found[place] = scores.reshape(-1)[taken]
-    return found.reshape(scores.shape)
+    return scores.reshape(-1)[exchange(labels, rng)].reshape(scores.shape)
+
+
+def exchange(labels: npt.NDArray[np.int64], rng: np.random.Generator) -> Indices:
+    """(size,) for each place the one whose value it gets, which has the same label."""
+    place = np.argsort(labels, kind="stable")
+    found = np.empty(labels.size, dtype=np.int64)
+    found[place] = np.lexsort((rng.random(labels.size), labels))
+    return found
 
 
 def _regions_of(problem: Problem, settings: Settings, projector: Projector | None) -> list[Region]:

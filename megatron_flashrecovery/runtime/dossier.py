@@ -1,0 +1,245 @@
+"""What the journal of a run knows that a diagnosis can use: where ranks sit, what was measured, and what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_flashrecovery.core.errors import RecordDamaged
+from megatron_flashrecovery.core.findings import NumbersBad, PeersDiffered
+from megatron_flashrecovery.core.ids import GroupKey, NodeId, Rank, WorkerId
+from megatron_flashrecovery.core.messages import (
+    NodeLost,
+    OperationsFailed,
+    RanksHung,
+    SeatsDescribed,
+    StepsTimed,
+    WorkersLost,
+)
+from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.core.punctuality import EVERY
+from megatron_flashrecovery.diagnose.telemetry import Metric
+from megatron_flashrecovery.runtime.chronicle import SlowNoted
+from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Line, decode_as, read_journal
+from megatron_flashrecovery.runtime.node_messages import DeviceNoted, HeartbeatsLate, NodeMeasured, NodePlaced
+
+_OF_THE_SCRIPT = frozenset({Fault.EXCEPTION, Fault.DEVICE_MEMORY})
+"""Where a bug or a model too large comes up says nothing about the place."""
+OWN_TIME = "own time of a step"
+
+
+@dataclass(frozen=True)
+class Incident:
+    """``time``: Unix time. ``is_own``: it speaks against the place where it happened; a rank that waits for somebody,
+    or whose script is wrong, does not."""
+
+    time: float
+    kind: str
+    ranks: tuple[Rank, ...]
+    evidence: str
+    is_own: bool = True
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was said at ``time`` (Unix time) of these ranks, or of a host if there are none. ``label`` says in words
+    what it is, ``metric`` how it is compared. A count is one of the ``seconds`` before; what is none has 0."""
+
+    time: float
+    label: str
+    metric: Metric
+    values: Mapping[Rank, float]
+    host: str = ""
+    value: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Dossier:
+    """``host_of`` and ``local`` say where each rank sits: the name of a machine, and its number there. ``slow`` are all
+    alarms: when, which rank, and whether it began."""
+
+    start: float
+    end: float
+    node_of: Mapping[Rank, NodeId]
+    host_of: Mapping[Rank, str]
+    local: Mapping[Rank, int]
+    switches: Mapping[str, tuple[str, str]]
+    devices: Mapping[Rank, str]
+    groups: Mapping[GroupKey, tuple[Rank, ...]]
+    peers: Mapping[Rank, tuple[Rank, ...]]
+    samples: tuple[Sample, ...]
+    incidents: tuple[Incident, ...]
+    slow: tuple[tuple[float, Rank, bool], ...]
+
+    @property
+    def world(self) -> int:
+        return len(self.node_of)
+
+
+def read_dossier(directory: Path) -> Dossier:
+    """Raises ``RecordDamaged`` if there is no journal of a job that has come to its first step."""
+    reader = _Reader()
+    for line in read_journal(directory / FILE_NAME, _Reader.NAMES):
+        reader.hear(line)
+    if not reader.seats:
+        raise RecordDamaged(f"{directory / FILE_NAME} does not begin with the start of a job: name a --log-dir")
+    if not reader.peers:
+        raise RecordDamaged(
+            f"{directory / FILE_NAME} has no layout: the job has not come to its first step, or asked for no recovery"
+        )
+    return reader.dossier()
+
+
+@dataclass
+class _Reader:
+    NAMES = frozenset(
+        {kind.__name__ for kind in (JobStarted, SeatsDescribed, NodePlaced, StepsTimed, NodeMeasured, HeartbeatsLate)}
+        | {kind.__name__ for kind in (WorkersLost, NodeLost, RanksHung, OperationsFailed, NumbersBad, PeersDiffered)}
+        | {DeviceNoted.__name__, SlowNoted.__name__, "RestartAll", "Park", "_Ended"}
+    )
+
+    start: float = 0.0
+    end: float = 0.0
+    seats: dict[NodeId, tuple[Rank, ...]] = field(default_factory=dict)
+    placed: dict[NodeId, NodePlaced] = field(default_factory=dict)
+    groups: dict[GroupKey, tuple[Rank, ...]] = field(default_factory=dict)
+    peers: dict[Rank, tuple[Rank, ...]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    measured: list[tuple[float, NodeMeasured]] = field(default_factory=list)
+    late: list[tuple[float, HeartbeatsLate]] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
+    slow: list[tuple[float, Rank, bool]] = field(default_factory=list)
+    ended: set[WorkerId] = field(default_factory=set)
+    hung: set[tuple[int, Rank]] = field(default_factory=set)
+
+    def hear(self, line: Line) -> None:
+        self.start, self.end = self.start or line.time, line.time
+        match line.name:
+            case "JobStarted":
+                self.seats = dict(decode_as(JobStarted, line).seats)
+            case "SeatsDescribed":
+                seats = decode_as(SeatsDescribed, line)
+                self.groups.update(seats.groups)
+                self.peers.update(seats.peers)
+            case "NodePlaced":
+                placed = decode_as(NodePlaced, line)
+                self.placed[placed.node] = placed
+            case "StepsTimed":
+                self.samples.append(Sample(line.time, OWN_TIME, Metric.COMPUTE, decode_as(StepsTimed, line).computed))
+            case "NodeMeasured":
+                self.measured.append((line.time, decode_as(NodeMeasured, line)))
+            case "HeartbeatsLate":
+                self.late.append((line.time, decode_as(HeartbeatsLate, line)))
+            case "SlowNoted":
+                noted = decode_as(SlowNoted, line)
+                self.slow.append((line.time, noted.rank, noted.evidence is not None))
+            case _:
+                self.incidents += self._incidents(line)
+
+    def _incidents(self, line: Line) -> Iterator[Incident]:
+        time = line.time
+        match line.name:
+            case "WorkersLost":
+                for loss in decode_as(WorkersLost, line).losses:
+                    if loss.worker not in self.ended:
+                        self.ended.add(loss.worker)
+                        is_own = loss.fault not in _OF_THE_SCRIPT
+                        yield Incident(time, loss.fault.value, (loss.rank,), loss.cause, is_own)
+            case "NodeLost":
+                node = decode_as(NodeLost, line)
+                yield Incident(time, Fault.NODE_LOST.value, self.seats.get(node.node, ()), node.cause)
+            case "RanksHung":
+                for rank, why in decode_as(RanksHung, line).hung.items():
+                    if (line.epoch, rank) not in self.hung:
+                        self.hung.add((line.epoch, rank))
+                        # Whoever is ended for it is lost, and counts then; of many that hang nobody knows who began.
+                        yield Incident(time, Fault.HANG.value, (rank,), why, is_own=False)
+            case "OperationsFailed":
+                failed = decode_as(OperationsFailed, line).failed
+                words = next(iter(failed.values()), "")
+                yield Incident(time, Fault.COMMUNICATOR_ERROR.value, tuple(failed), words, is_own=False)
+            case "DeviceNoted":
+                device = decode_as(DeviceNoted, line)
+                if device.ranks:
+                    kind = device.fault or "note of a device"
+                    yield Incident(time, kind, device.ranks, device.evidence, bool(device.fault))
+            case "NumbersBad":
+                numbers = decode_as(NumbersBad, line)
+                if numbers.own:
+                    yield Incident(
+                        time, Fault.BAD_NUMBERS.value, tuple(numbers.own), numbers.what, len(numbers.own) == 1
+                    )
+            case "PeersDiffered":
+                differed = decode_as(PeersDiffered, line)
+                ranks = differed.rank, differed.guest
+                yield Incident(time, Fault.CORRUPTION.value, ranks, f"they differ in {differed.part}", is_own=False)
+
+    def dossier(self) -> Dossier:
+        node_of = {rank: node for node, ranks in sorted(self.seats.items()) for rank in ranks}
+        machine = {node: placed.machine for node, placed in self.placed.items()}
+        host_of = {rank: machine.get(node, node) for rank, node in node_of.items()}
+        samples = (*self.samples, *self._of_counters(host_of), *self._of_heartbeats(machine))
+        return Dossier(
+            self.start,
+            self.end,
+            dict(sorted(node_of.items())),
+            host_of,
+            _numbers_on_hosts(host_of),
+            {placed.machine: placed.switches for placed in self.placed.values() if placed.switches[0]},
+            {rank: place for placed in self.placed.values() for rank, place in placed.devices.items()},
+            self.groups,
+            self.peers,
+            tuple(sorted(samples, key=lambda sample: sample.time)),
+            tuple(self.incidents),
+            tuple(self.slow),
+        )
+
+    def _of_counters(self, host_of: Mapping[Rank, str]) -> Iterator[Sample]:
+        for time, told in self.measured:
+            placed = self.placed.get(told.node)
+            machine = placed.machine if placed else str(told.node)
+            at = {place: rank for rank, place in placed.devices.items()} if placed else {}
+            by_label: dict[str, dict[Rank, float]] = {}
+            for name, number in told.grown.items():
+                kind, _, rest = name.partition(".")
+                if kind == "device":
+                    place, _, counter = rest.rpartition(".")
+                    if place in at:
+                        by_label.setdefault(f"{counter.replace('_', ' ')} of devices", {})[at[place]] = number
+            for label, values in by_label.items():
+                yield Sample(time, label, Metric.ERRORS, values, seconds=told.seconds)
+            for (label, metric), number in _of_links(told).items():
+                yield Sample(time, label, metric, {}, machine, number, told.seconds)
+
+    def _of_heartbeats(self, machine: Mapping[NodeId, str]) -> Iterator[Sample]:
+        for time, told in self.late:
+            host = machine.get(told.node, told.node)
+            yield Sample(time, "late heartbeats", Metric.ERRORS, {}, host, told.late, EVERY)
+
+
+def _of_links(told: NodeMeasured) -> dict[tuple[str, Metric], int]:
+    """Ports of a host are one thing here: which of its ranks uses which is not known."""
+    found: dict[tuple[str, Metric], int] = {}
+    for name, number in told.grown.items():
+        kind = name.partition(".")[0]
+        if kind in ("nic", "ib"):
+            key = "errors of InfiniBand ports" if kind == "ib" else "errors of network interfaces", Metric.ERRORS
+            found[key] = found.get(key, 0) + number
+    if sent_again := told.grown.get("tcp.retransmitted"):
+        found["TCP segments sent again", Metric.RETRANSMITS] = sent_again
+    return found
+
+
+def _numbers_on_hosts(host_of: Mapping[Rank, str]) -> dict[Rank, int]:
+    counted: dict[str, int] = {}
+    found = {}
+    for rank in _in_order(host_of):
+        found[rank] = counted.setdefault(host_of[rank], 0)
+        counted[host_of[rank]] += 1
+    return found
+
+
+def _in_order(ranks: Iterable[Rank]) -> list[Rank]:
+    return sorted(ranks)

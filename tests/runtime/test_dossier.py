@@ -1,0 +1,119 @@
+"""What a diagnosis learns from a journal."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_flashrecovery.core.errors import RecordDamaged
+from megatron_flashrecovery.core.findings import NumbersBad, PeersDiffered
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
+from megatron_flashrecovery.core.job import JobConfig
+from megatron_flashrecovery.core.messages import NodeLost, OperationsFailed, RanksHung
+from megatron_flashrecovery.core.policy import Fault
+from megatron_flashrecovery.diagnose.telemetry import Metric
+from megatron_flashrecovery.runtime.case import strikes_of
+from megatron_flashrecovery.runtime.dossier import OWN_TIME, read_dossier
+from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Journal
+from megatron_flashrecovery.runtime.node_messages import DeviceNoted, HeartbeatsLate, NodeMeasured
+from tests.diagnose.recorded import START, Records
+
+NODE = NodeId("node1")
+
+
+@pytest.fixture
+def records(tmp_path):
+    return Records(tmp_path, hosts=4, devices=2)
+
+
+def test_it_knows_where_ranks_sit_and_what_they_are_part_of(records):
+    dossier = read_dossier(records.directory)
+    assert dossier.host_of == {rank: f"gpu{rank // 2:02d}" for rank in range(8)}
+    assert [dossier.local[rank] for rank in range(8)] == [0, 1] * 4
+    assert dossier.devices[5] == "0000:11:00"
+    assert dossier.peers[3] == tuple(range(8))
+    assert list(dossier.groups.values()) == [tuple(range(8))]
+
+
+def test_own_times_are_kept_as_they_were_told(records):
+    dossier = read_dossier(records.train(2).directory)
+    assert {(sample.label, sample.metric) for sample in dossier.samples} == {(OWN_TIME, Metric.COMPUTE)}
+    assert len(dossier.samples) == 8
+    assert sorted(rank for sample in dossier.samples[:4] for rank in sample.values) == list(range(8))
+
+
+def test_counters_become_those_of_ranks_where_they_are_of_devices_and_else_of_hosts(records):
+    grown = {
+        "device.0000:11:00.ecc_corrected": 7,
+        "device.0000:99:00.ecc_corrected": 1,
+        "nic.eth0.rx_errors": 2,
+        "nic.eth1.rx_errors": 3,
+        "ib.mlx5_0/1.symbol_error": 4,
+        "tcp.sent": 1000,
+        "tcp.retransmitted": 5,
+    }
+    records.write("note", NodeMeasured(NODE, 20.0, grown))
+    records.write("note", HeartbeatsLate(NODE, 3, 1.5))
+    told = {(each.label, each.host): each for each in read_dossier(records.directory).samples}
+    assert told["ecc corrected of devices", ""].values == {3: 7}
+    hosts = {label: sample.value for (label, host), sample in told.items() if host == "gpu01"}
+    assert hosts == {
+        "errors of network interfaces": 5,
+        "errors of InfiniBand ports": 4,
+        "TCP segments sent again": 5,
+        "late heartbeats": 3,
+    }
+    assert told["TCP segments sent again", "gpu01"].seconds == 20.0
+
+
+def test_incidents_have_their_class_and_some_say_nothing_of_a_place(records):
+    rank = Rank(3)
+    records.lose(3).lose(4, fault=Fault.EXCEPTION)
+    records.write("event", RanksHung(NODE, Epoch(0), {rank: "it hangs"}, {}, Step(1)))
+    records.write("event", RanksHung(NODE, Epoch(0), {rank: "it still hangs"}, {}, Step(1)))
+    records.write("event", OperationsFailed(NODE, Epoch(0), {rank: "connection reset"}, Step(1)))
+    records.write("note", DeviceNoted(NODE, "0000:11:00", (rank,), Fault.DEVICE_POISONED.value, "Xid 48"))
+    records.write("note", DeviceNoted(NODE, "0000:11:00", (rank,), "", "it is hot"))
+    records.write("event", NumbersBad(NODE, Epoch(0), Step(1), (rank,), "NaN", {rank: "gradient"}))
+    records.write("event", PeersDiffered(NODE, Epoch(0), Step(1), rank, Rank(4), 8, "part 1"))
+    records.write("event", NodeLost(NODE, "silent"))
+    found = [(each.kind, each.ranks, each.is_own) for each in read_dossier(records.directory).incidents]
+    assert found == [
+        ("process ended", (3,), True),
+        ("exception", (4,), False),
+        ("hang", (3,), False),
+        ("communicator error", (3,), False),
+        ("uncorrectable memory error", (3,), True),
+        ("note of a device", (3,), False),
+        ("bad numbers", (3,), True),
+        ("silent corruption", (3, 4), False),
+        ("node lost", (2, 3), True),
+    ]
+
+
+def test_what_hits_a_host_at_one_moment_is_one_incident(records):
+    records.lose(1, 1).lose_host(2)
+    records.write("note", DeviceNoted(NodeId("node2"), "0000:11:00", (Rank(5),), "device lost", "off the bus"))
+    assert strikes_of(read_dossier(records.directory)) == [(1,), (1,), (4, 5)]
+
+
+def test_a_loss_that_is_told_twice_counts_once(records):
+    records.lose(1)
+    records._lives[1] = 1
+    assert len(read_dossier(records.lose(1).directory).incidents) == 1
+
+
+def test_alarms_begin_and_end(records):
+    records.train(1).name_slow(2)
+    assert read_dossier(records.directory).slow == ((START + 1, 2, True),)
+
+
+def test_a_job_that_never_began_has_no_layout(tmp_path):
+    journal = Journal(tmp_path / FILE_NAME)
+    journal.started(JobStarted(JobConfig(), {NODE: (Rank(0),)}), time=START, now=0.0)
+    with pytest.raises(RecordDamaged, match="the job has not come to its first step"):
+        read_dossier(tmp_path)
+
+
+def test_no_records_are_no_dossier(tmp_path):
+    with pytest.raises(RecordDamaged, match="name the --log-dir of a run"):
+        read_dossier(tmp_path)

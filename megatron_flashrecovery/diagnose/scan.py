@@ -30,6 +30,9 @@ from megatron_flashrecovery.diagnose.topology import Indices, Topology
 from megatron_flashrecovery.diagnose.trial import Trial
 
 Floats = npt.NDArray[np.float64]
+FEWEST_WINDOWS = 3
+"""In which a rank can stand out by itself. In one, a rank stood out at p <= 0.001 in 9 of 600 healthy jobs whose noise
+was that of Student's t with four degrees of freedom; in the sum of five in none."""
 _NORMAL = 1.4826
 _ENOUGH = 8
 """Fewer have no spread that could be measured."""
@@ -69,7 +72,8 @@ def scan(topology: Topology, scores: Scores, trial: Trial) -> Scanned:
         return found
     summed = np.where(np.isfinite(found.summed), found.summed, 0.0)
     strata = np.where(counted, scores.strata, -1)
-    p = np.minimum(_p_of_standing_out(found, summed, counted), _p_of_sums(found, summed, counted, strata, trial))
+    long = [k for k, length in enumerate(trial.lengths(len(scores.values))) if length >= FEWEST_WINDOWS]
+    p = np.minimum(_p_of_standing_out(found, summed, counted, long), _p_of_sums(found, summed, counted, strata, trial))
     return replace(found, p=np.minimum(1.0, 2 * p)[found.reach.of_element])
 
 
@@ -140,13 +144,14 @@ def _spread_out(score: Floats, templates: Templates) -> Floats:
     return found
 
 
-def _p_of_standing_out(found: Scanned, summed: Floats, counted: npt.NDArray[np.bool_]) -> Floats:
-    """(sets,) 1 unless all of its ranks stand out; all lengths are tried, and paid for."""
+def _p_of_standing_out(found: Scanned, summed: Floats, counted: npt.NDArray[np.bool_], long: list[int]) -> Floats:
+    """(sets,) 1 unless all of its ranks stand out; all lengths that are ``long`` enough are tried, and paid for."""
     templates = found.reach
     p = np.ones(templates.sizes.size)
     of_rank = np.ones(counted.size)
-    each = [p_of_highest(values[counted], worth) for values, worth in zip(summed, found.independent, strict=True)]
-    of_rank[counted] = np.minimum(1.0, np.min(each, axis=0) * len(each))
+    for k in long:
+        claimed = p_of_highest(summed[k, counted], float(found.independent[k])) * len(long)
+        of_rank[counted] = np.minimum(of_rank[counted], claimed)
     filled = templates.sizes > 0
     p[filled] = np.maximum.reduceat(of_rank[templates.ranks], templates.start[:-1][filled])
     return p

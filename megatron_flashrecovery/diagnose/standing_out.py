@@ -22,7 +22,7 @@ _BELOW = 32
 _SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 8)
 """Of the level, for one that stands out, two, three and four: two faults at once hide each other from the first test,
 and so do the ranks of one small element."""
-_MANY = 4.0
+_MANY = 6.0
 """So many independent windows make a sum normal enough."""
 _LEAST = (0.3, 0.7)
 """For the power 1, and 1.5. Of 256 from N(0, 1) the means of the highest 32 spacings are 0.5 and 1.1, and they fall

@@ -100,6 +100,13 @@ def test_a_fault_that_has_just_begun_is_seen_in_the_newest_windows():
     assert Trial().lengths(8)[found.length[host]] == 2
 
 
+@pytest.mark.parametrize("windows", [1, 2])
+def test_one_or_two_windows_blame_no_single_rank(windows):
+    values = noise(6, windows)
+    values[:, 43] = 6
+    assert scanned(values).p[number_of(TOPOLOGY, Kind.DEVICE, "n5/3")] == 1
+
+
 def test_what_is_all_of_a_stratum_has_nobody_to_be_compared_with():
     values = noise(5)
     values[:, 32:64] += 5

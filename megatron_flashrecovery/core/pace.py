@@ -43,6 +43,13 @@ class Pace:
         is_usual = reading.doing == STEP and reading.seen >= SAMPLES
         return max(min(self.least if is_usual else self.outside, self.unknown), self.factor * longest)
 
+    def limit_of_silence(self, reading: Reading) -> float:
+        """Native code may keep the interpreter's lock, most of all in what it does for the first time. A process that
+        is stopped does nothing, so it does not matter what it had begun."""
+        if reading.is_stopped:
+            return max(min(self.least, self.unknown), self.factor * reading.longest_pause)
+        return self.limit(reading, reading.longest_pause)
+
 
 @dataclass(frozen=True)
 class OnDevice:
@@ -78,7 +85,8 @@ class Reading:
     empty while it computes, since ``since``; the ``longest`` stretch like this one in this activity, of which ``seen``
     have ended since the start or the last recovery, took as long; ``was_timed``: enough of them ended before that, too.
     ``beat`` is when the session's own thread last ran, ``longest_pause`` its longest silence. ``device`` is missing
-    where the host waits for each operation itself, or everything is complete.
+    where the host waits for each operation itself, or everything is complete. ``is_stopped``: the operating system says
+    that it lets none of its threads run.
     """
 
     beat: float
@@ -92,6 +100,7 @@ class Reading:
     was_timed: bool = False
     spent: Spent = Spent()
     device: OnDevice | None = None
+    is_stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,11 +129,14 @@ def judge(readings: Mapping[Rank, Reading], now: float, pace: Pace, not_before: 
             continue
         silence = now - max(reading.beat, not_before)
         stretch = now - max(reading.since, not_before)
-        limit, pause = pace.limit(reading, reading.longest), pace.limit(reading, reading.longest_pause)
+        limit, pause = pace.limit(reading, reading.longest), pace.limit_of_silence(reading)
         before = f"the longest before took {reading.longest:.1f} s" if reading.seen else "it never came here before"
         if silence > pause:
             silent.append(rank)
-            hung[rank] = f"none of its threads has run for {silence:.1f} s in {reading.doing} (limit {pause:.1f} s)"
+            stopped = ", it is stopped" if reading.is_stopped else ""
+            hung[rank] = (
+                f"none of its threads has run for {silence:.1f} s in {reading.doing}{stopped} (limit {pause:.1f} s)"
+            )
         elif stretch > limit and (device := reading.device) is not None:
             # The host has run ahead: where it stands says nothing, but its device does not do two things at a time.
             lag = now - max(device.since, not_before)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
+import psutil
+
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import ExecutePlan, Park, RanksHung, Resume, StepsTimed
 from megatron_flashrecovery.core.pace import STEP, Pace, Reading, judge
@@ -23,6 +25,8 @@ _EVERY = 0.25
 _AGAIN = 10.0
 """Seconds: whoever could make nothing of it the first time hears it again."""
 _NOBODY: tuple[frozenset[Rank], ...] = (frozenset(),) * 5
+_QUIET = 1.0
+"""Seconds without a beat: only then the operating system is asked what became of a process."""
 _ASLEEP = 1.0
 """Seconds between two looks: who was asleep for as long has seen nobody hang."""
 
@@ -89,7 +93,7 @@ class Watch:
         if now > self._looked + _ASLEEP:
             self._not_before = now
         self._looked = now
-        found = {rank: self._reading(worker.id) for rank, worker in seated}
+        found = {rank: self._reading(worker, now) for rank, worker in seated}
         readings = {rank: reading for rank, reading in found.items() if reading is not None}
         told = self._hung(epoch, readings, now), None if self._is_stopping else self._timed(epoch, readings, now)
         return [event for event in told if event is not None]
@@ -149,9 +153,20 @@ class Watch:
         for worker in [each for each in self._watched if each not in workers]:
             self._watched.pop(worker).close()
 
-    def _reading(self, worker: WorkerId) -> Reading | None:
-        watched = self._watched.get(worker)
-        return None if watched is None else watched.pulse.read()
+    def _reading(self, worker: Worker, now: float) -> Reading | None:
+        watched = self._watched.get(worker.id)
+        reading = None if watched is None else watched.pulse.read()
+        if reading is None or worker.pid is None or now < reading.beat + _QUIET:
+            return reading
+        return replace(reading, is_stopped=_is_stopped(worker.pid))
+
+
+def _is_stopped(pid: int) -> bool:
+    """By SIGSTOP and the like; whom a debugger has stopped goes on soon, or is wanted so."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _where(reading: Reading) -> str:

@@ -58,6 +58,18 @@ def test_the_first_steps_behind_a_recovery_have_more_time_but_not_for_ever():
     assert not hung(reading(computing=100.0, longest=30.0, seen=0, was_timed=True))
 
 
+@pytest.mark.parametrize("doing", ["a step", BETWEEN])
+def test_a_process_that_is_stopped_has_no_more_time_where_nothing_is_known_yet(doing):
+    fresh = reading(silent=6.0, seen=0, doing=doing)
+    assert not hung(fresh), "native code that runs for the first time may keep the interpreter's lock"
+    assert hung(replace(fresh, is_stopped=True)) == (
+        f"none of its threads has run for 6.0 s in {doing}, it is stopped (limit 5.0 s)"
+    )
+    assert not hung(replace(reading(silent=4.0, seen=0, doing=doing), is_stopped=True))
+    often = replace(fresh, is_stopped=True, longest_pause=2.0)
+    assert not hung(often), "who was stopped before, and went on, may do so again"
+
+
 def test_who_comes_near_its_limit_is_slow():
     verdict = judge({Rank(3): reading(computing=3.0), Rank(4): reading(computing=1.0)}, NOW, PACE, 0.0)
     assert verdict.slow == (3,)

@@ -1,5 +1,8 @@
 """What an agent sees of its trainers, and when it tells."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -32,14 +35,14 @@ def watch(clock):
     watch.keep_only(())
 
 
-def trainer(watch, clock, rank):
-    """One that has made some steps."""
-    worker = SimpleNamespace(id=WorkerId(f"rank{rank}.1"))
+def trainer(watch, clock, rank, steps=4):
+    """One that has made some steps, or has just come."""
+    worker = SimpleNamespace(id=WorkerId(f"rank{rank}.1"), pid=None)
     page, _stacks = watch.take(worker.id)
     pulse = Pulse(page, clock)
     pulse.beat()
     pulse.begin(Step(0))
-    for step in range(4):
+    for step in range(steps):
         with pulse.doing("a step", Step(step + 1)):
             clock.now += 0.1
     return (Rank(rank), worker), pulse
@@ -65,6 +68,25 @@ def test_one_that_computes_for_ever_is_told_once_and_again_when_it_goes_on(watch
         assert (event.step, event.waiting) == (5, {})
     (event,) = wait(watch, clock, [pulse], 2.0, [seat])
     assert not event.hung
+
+
+def test_one_that_is_stopped_right_behind_a_recovery_is_told_as_soon_as_any_other(watch, clock, stopped_process):
+    seat, pulse = trainer(watch, clock, 0, steps=1)
+    with pulse.doing("a step", Step(5)):
+        assert not wait(watch, clock, [], 6.0, [seat])
+        seat[1].pid = stopped_process
+        (event,) = wait(watch, clock, [], 1.0, [seat])
+    assert event.silent == (0,)
+    assert "it is stopped" in event.hung[Rank(0)]
+
+
+@pytest.fixture
+def stopped_process():
+    process = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"])
+    os.waitpid(process.pid, os.WUNTRACED)
+    yield process.pid
+    process.kill()
+    process.wait()
 
 
 PARK = Park(Epoch(1), OrderNumber(1), ())

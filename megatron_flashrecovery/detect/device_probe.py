@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_flashrecovery import start
 from megatron_flashrecovery.core.devices import Trouble
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.detect.counters import INFINIBAND
 
 DRIVER = Path("/proc/driver/nvidia/version")
-COMMAND = (sys.executable, "-m", "megatron_flashrecovery.detect.nvml")
+COMMAND = start.command("megatron_flashrecovery.detect.nvml")
 ANSWERS_WITHIN = 5.0
 """Seconds. That NVML does not return is evidence and no proof: a note, which stands beside what else is seen."""
 _READ_NBYTES = 1 << 16

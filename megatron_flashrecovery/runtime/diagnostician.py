@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from megatron_flashrecovery import start
 from megatron_flashrecovery.core.ids import NodeId
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Blamed, Diagnosed, Event, NodeLost, WorkersLost
@@ -56,7 +56,7 @@ class Diagnostician:
         log_dir: Path,
         topology: Path | None,
         environment: Mapping[str, str],
-        command: tuple[str, ...] = (sys.executable, "-m", "megatron_flashrecovery", "diagnose"),
+        command: tuple[str, ...] = (*start.command("megatron_flashrecovery"), "diagnose"),
         deadline: float = DEADLINE,
     ) -> None:
         where = () if topology is None else ("--topology", str(topology))

@@ -99,6 +99,7 @@ def _name_process(name: str) -> None:
 
 def _run_script(seat: Seat) -> None:
     if seat.module:
+        sys.path.insert(0, os.getcwd())  # as ``python -m`` has it, and torchrun with it
         runpy.run_module(seat.script, run_name="__main__", alter_sys=True)
     else:
         sys.path.insert(0, str(Path(seat.script).resolve().parent))

@@ -11,13 +11,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from megatron_flashrecovery import start
 from megatron_flashrecovery.comm.channel import Channel, ChannelClosed, channel_pair
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, WorkerId
@@ -198,9 +198,7 @@ class Workers:
     def _start_server(self) -> None:
         ours, theirs = socket.socketpair()
         command = [
-            sys.executable,
-            "-m",
-            "megatron_flashrecovery.runtime.fork_server",
+            *start.command("megatron_flashrecovery.runtime.fork_server"),
             str(theirs.fileno()),
             self._script,
             *self._hooks,
@@ -229,7 +227,7 @@ class Workers:
             self._server.wait()
 
     def _start_cold(self, worker: Worker, theirs: socket.socket, output: int) -> None:
-        command = [sys.executable, "-m", "megatron_flashrecovery.runtime.cold_worker", str(theirs.fileno())]
+        command = [*start.command("megatron_flashrecovery.runtime.cold_worker"), str(theirs.fileno())]
         command += [str(os.getpid()), *self._hooks]
         worker.process = subprocess.Popen(
             command,

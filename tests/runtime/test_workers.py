@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import time
@@ -105,6 +106,49 @@ def test_a_script_ends_as_it_would_by_itself(workers: Workers, tmp_path: Path, e
     assert said.endswith("thread handler ")
     assert ("in words" in said) == ("words" in ending)
     assert ("KeyError" in said) == ("KeyError" in ending)
+
+
+@pytest.mark.parametrize("preload", [True, False], ids=["forked", "cold"])
+def test_a_worker_imports_nothing_from_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: bool
+) -> None:
+    """Nor does one of torchrun, and another copy of this package there would not understand its launcher."""
+    script = tmp_path / "script" / "script.py"
+    script.parent.mkdir()
+    script.write_text(ENDING)
+    for module in ("megatron_flashrecovery", "msgspec"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('imported from the current directory')\n")
+    monkeypatch.chdir(tmp_path)
+    pool = Workers(str(script), tmp_path / "logs", dict(os.environ), preload=preload)
+    try:
+        pool.wait_for_server(30.0)
+        worker = pool.start("w.log")
+        arguments = ("print(sys.path)",)
+        worker.channel.send(
+            Seat(
+                Rank(0),
+                WorkerId("0"),
+                NodeId("a"),
+                Epoch(0),
+                False,
+                b"",
+                1,
+                1,
+                "",
+                0,
+                "",
+                str(script),
+                False,
+                arguments,
+                {},
+            )
+        )
+        assert wait_for_end(pool).exit_code == 0, worker.log.read_text()
+        path = ast.literal_eval(worker.log.read_text().splitlines()[0])
+        assert path[0] == str(script.parent)
+        assert not {"", str(tmp_path)} & set(path)
+    finally:
+        pool.close(grace=2.0)
 
 
 def test_a_spare_whose_agent_goes_away_ends_by_itself(workers: Workers) -> None:

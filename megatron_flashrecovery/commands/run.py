@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -203,9 +204,11 @@ def _default_log_dir() -> Path:
 
 
 def _warn_of_untested_torch() -> None:
-    import torch
-
-    installed = torch.__version__
-    if not any(installed.startswith(f"{version}.") for version in TESTED_TORCH):
+    """Without importing it: that takes a second or more, in which the fork server could have begun to."""
+    try:
+        installed = version("torch")
+    except PackageNotFoundError:
+        return  # built by hand, without metadata: the workers will say if there is none
+    if not any(installed.startswith(f"{each}.") for each in TESTED_TORCH):
         tested = ", ".join(TESTED_TORCH)
         print(f"flashrecovery: torch {installed} is not among the versions tested ({tested})", file=sys.stderr)

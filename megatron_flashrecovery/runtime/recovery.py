@@ -31,8 +31,8 @@ from megatron_flashrecovery.runtime.line import Line
 from megatron_flashrecovery.runtime.ownership import Ownership
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
 from megatron_flashrecovery.runtime.progress import Progress, split_record, with_record
-from megatron_flashrecovery.state.fingerprint import tensors_fingerprint
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
+from megatron_flashrecovery.state.tensor_fingerprint import tensors_fingerprint
 
 _GRACE = 2.0
 

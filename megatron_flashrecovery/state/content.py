@@ -11,7 +11,8 @@ import msgspec
 
 from megatron_flashrecovery.core.errors import ConfigError, SnapshotMismatch
 from megatron_flashrecovery.state.encoding import encode_values
-from megatron_flashrecovery.state.manifest import Manifest, aligned, decode_manifest, manifest_of
+from megatron_flashrecovery.state.manifest import Manifest, decode_manifest, manifest_of
+from megatron_flashrecovery.state.memory import aligned
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
 from megatron_flashrecovery.state.slot import HEADER_NBYTES
 

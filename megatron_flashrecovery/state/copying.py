@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from megatron_flashrecovery.core.errors import ConfigError, SnapshotMismatch
-from megatron_flashrecovery.state.fingerprint import word_sums
+from megatron_flashrecovery.state.tensor_fingerprint import word_sums
 
 Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 """Target and source, of the same dtype and shape."""

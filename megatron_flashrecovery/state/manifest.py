@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from megatron_flashrecovery.state.encoding import dtype_named
+from megatron_flashrecovery.state.memory import aligned
 from megatron_flashrecovery.state.pieces import TensorPiece
 
 # Every element size divides it, and no two tensors share a cache line.
@@ -66,10 +67,6 @@ def difference(held: Manifest, wanted: Manifest) -> str | None:
 def views_into(body: torch.Tensor, manifest: Manifest) -> list[torch.Tensor]:
     """The snapshot's tensors as views of its body (flat, uint8)."""
     return [body[e.offset : e.offset + e.nbytes].view(dtype_named(e.dtype)).view(e.shape) for e in manifest.entries]
-
-
-def aligned(nbytes: int, to: int) -> int:
-    return -(-nbytes // to) * to
 
 
 def _laid_out(rows: Sequence[_Row]) -> Manifest:

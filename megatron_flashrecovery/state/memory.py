@@ -10,6 +10,10 @@ from megatron_flashrecovery.state.slot import Slot
 SLOTS = 2
 
 
+def aligned(nbytes: int, to: int) -> int:
+    return -(-nbytes // to) * to
+
+
 class Memory:
     """Maps ``fd``, which it neither closes nor needs any longer afterwards."""
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.state.headroom import available_bytes
-from megatron_flashrecovery.state.manifest import aligned
-from megatron_flashrecovery.state.memory import SLOTS, Memory
+from megatron_flashrecovery.state.memory import SLOTS, Memory, aligned
 from megatron_flashrecovery.state.slot_pair import SlotPair
 
 # What the vault leaves to everybody else on the node.

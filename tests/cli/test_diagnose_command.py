@@ -78,12 +78,13 @@ def test_losses_anywhere_and_bugs_of_the_script_blame_nobody(records, capsys):
 def test_a_site_may_add_what_it_has_counted(records, capsys, tmp_path):
     site = tmp_path / "site.csv"
     rows = [
-        f"{records.now + 5},port errors,errors,gpu{host:02d},{400 if host == 9 else host % 3},60"
+        f"{records.now + after},port errors,errors,gpu{host:02d},{400 if host == 9 else host % 3},2"
+        for after in range(1, 10)  # few windows blame no single host, whatever it has counted
         for host in range(HOSTS)
     ]
     site.write_text("\n".join(["time,metric,like,host,value,seconds", *rows]))
     code, said = diagnose(records.train(10), capsys, "--telemetry", site)
-    assert code == 0
+    assert code == 0, said
     assert "to blame: host gpu09" in said
     assert "port errors" in said
 
@@ -147,7 +148,9 @@ def test_without_matplotlib_a_picture_is_refused_with_the_remedy(records, capsys
 
 
 def test_the_controller_imports_nothing_of_a_diagnosis():
-    """Not even numpy beyond what torch brings along: the launcher lives as long as the job."""
+    """The launcher lives as long as the job. Nor torch, for the fork server is to begin with its imports at once."""
     imports = "import sys, megatron_flashrecovery.runtime.launch; print(*sys.modules, sep='\\n')"
     modules = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"scipy", "matplotlib", "pcst_fast", "megatron_flashrecovery.diagnose.scan"} & set(modules)
+    assert not {"torch", "numpy", "scipy", "matplotlib", "pcst_fast", "megatron_flashrecovery.diagnose.scan"} & set(
+        modules
+    )

@@ -9,10 +9,10 @@ import torch
 from megatron_flashrecovery.core.errors import ConfigError, SnapshotMismatch
 from megatron_flashrecovery.state.content import needed_bytes
 from megatron_flashrecovery.state.copying import HostCopier, check_copies, copier_for
-from megatron_flashrecovery.state.fingerprint import tensors_fingerprint, word_sums
 from megatron_flashrecovery.state.memory import Memory
 from megatron_flashrecovery.state.pieces import TensorPiece
 from megatron_flashrecovery.state.snapshot import Snapshots
+from megatron_flashrecovery.state.tensor_fingerprint import tensors_fingerprint, word_sums
 
 
 def test_pieces_on_the_cpu_are_copied_at_once():

@@ -6,7 +6,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_flashrecovery.state.fingerprint import CHUNK_NBYTES, NBYTES, fingerprint, tensors_fingerprint
+from megatron_flashrecovery.state.fingerprint import CHUNK_NBYTES, NBYTES, fingerprint
+from megatron_flashrecovery.state.tensor_fingerprint import tensors_fingerprint
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.int32, torch.uint8, torch.bool]
 

@@ -20,8 +20,8 @@ from megatron_flashrecovery.adapters.megatron.random_state import RandomState
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.state.encoding import encode_values
-from megatron_flashrecovery.state.fingerprint import tensors_fingerprint
 from megatron_flashrecovery.state.pieces import TensorPiece, Value
+from megatron_flashrecovery.state.tensor_fingerprint import tensors_fingerprint
 
 
 class MegatronFramework:

@@ -135,6 +135,10 @@ class _Reader:
             case "SlowNoted":
                 noted = decode_as(SlowNoted, line)
                 self.slow.append((line.time, noted.rank, noted.evidence is not None))
+            case "Park" | "RestartAll":
+                # A new epoch knows of nobody (``SlowNoted``); who is slow still is named again.
+                began = {rank: is_slow for _, rank, is_slow in self.slow}
+                self.slow += [(line.time, rank, False) for rank, is_slow in began.items() if is_slow]
             case _:
                 self.incidents += self._incidents(line)
 

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_flashrecovery.core.errors import RecordDamaged
 from megatron_flashrecovery.core.findings import NumbersBad, PeersDiffered
-from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step
 from megatron_flashrecovery.core.job import JobConfig
-from megatron_flashrecovery.core.messages import NodeLost, OperationsFailed, RanksHung
+from megatron_flashrecovery.core.messages import NodeLost, OperationsFailed, Park, RanksHung
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.diagnose.telemetry import Metric
 from megatron_flashrecovery.runtime.case import strikes_of
@@ -105,6 +105,17 @@ def test_a_loss_that_is_told_twice_counts_once(records):
 def test_alarms_begin_and_end(records):
     records.train(1).name_slow(2)
     assert read_dossier(records.directory).slow == ((START + 1, 2, True),)
+
+
+def test_a_new_epoch_ends_all_alarms(records):
+    records.train(1).name_slow(2, 5).train(1)
+    records.write("command", Park(Epoch(1), OrderNumber(1), (Rank(7),)), epoch=1)
+    records.train(1)
+    records.write("command", Park(Epoch(2), OrderNumber(2), (Rank(7),)), epoch=2)
+    began, ended = START + 1, START + 2
+    assert read_dossier(records.directory).slow == tuple((began, rank, True) for rank in (2, 5)) + tuple(
+        (ended, rank, False) for rank in (2, 5)
+    )
 
 
 def test_a_job_that_never_began_has_no_layout(tmp_path):

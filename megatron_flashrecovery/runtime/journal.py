@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, BinaryIO, TypeVar, get_args
 
 import msgspec
 
@@ -92,11 +92,18 @@ def read_journal(path: Path, names: Collection[str] | None = None) -> Iterator[L
     """Raises ``RecordDamaged`` if any line but the last is not what ``Journal`` writes. With ``names`` only such lines
     are looked at: the rest of a long journal costs no decoding."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        file = path.open("rb")
     except FileNotFoundError:
         raise RecordDamaged(f"{path} does not exist: name the --log-dir of a run, or wait until it has begun") from None
-    # What follows the last line feed is empty, or the torn line of a crash.
-    for number, text in enumerate(lines[:-1], start=1):
+    with file:
+        yield from _lines(path, file, names)
+
+
+def _lines(path: Path, file: BinaryIO, names: Collection[str] | None) -> Iterator[Line]:
+    """One at a time: the journal of weeks is larger than memory."""
+    for number, text in enumerate(file, start=1):
+        if not text.endswith(b"\n"):  # the torn line of a crash
+            return
         if names is not None and (found := _NAME.search(text)) is not None and found[1].decode() not in names:
             continue
         try:

@@ -96,7 +96,8 @@ def diagnose(
     struck = strikes_of(dossier)
     number = len(tables) + bool(struck)
     each_level = level / max(1, number)
-    place = np.array([hosts.index(dossier.host_of[Rank(rank)]) for rank in range(dossier.world)], dtype=np.int64)
+    number_of = {host: number for number, host in enumerate(hosts)}
+    place = np.array([number_of[dossier.host_of[Rank(rank)]] for rank in range(dossier.world)], dtype=np.int64)
     groups: Mapping[str, Sequence[int]] = {str(key): ranks for key, ranks in dossier.groups.items()}
     roles = np.array(stages_of(dossier.world, groups), dtype=np.int64)
     trial = Trial(each_level, max(2000, math.ceil(4 / each_level)))

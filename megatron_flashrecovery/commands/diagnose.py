@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,9 +79,9 @@ def _check(arguments: argparse.Namespace) -> None:
         from megatron_flashrecovery.commands import diagnosis_picture
 
         diagnosis_picture.check(arguments.picture)
-    if arguments.last is not None and arguments.last <= 0:
+    if arguments.last is not None and not 0 < arguments.last < math.inf:
         raise ConfigError(f"--last {arguments.last:g}: give seconds above zero")
-    if arguments.deadline is not None and arguments.deadline <= 0:
+    if arguments.deadline is not None and not 0 < arguments.deadline < math.inf:
         raise ConfigError(f"--deadline {arguments.deadline:g}: give seconds above zero")
     if not 0 < arguments.level < 1:
         raise ConfigError(f"--level {arguments.level:g}: give a share above 0 and below 1, as in 0.01")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -245,14 +245,16 @@ class Job:
             is_executing=isinstance(self.phase, Executing),
             has_room=node is None or self.has_room_for(node),
             is_blamed=node in self.blamed,
+            has_better_room=node is None or self.has_room_for(node, self.blamed),
+            is_recovering=self.timeline is not None,
         )
 
-    def has_room_for(self, node: NodeId) -> bool:
-        """Whether other nodes that no diagnosis blames could take all its seats."""
+    def has_room_for(self, node: NodeId, left_out: Container[NodeId] = ()) -> bool:
+        """Whether other nodes, without those that are left out, could take all its seats."""
         free = sum(
             max(0, capacity - len(self.seats.ranks_on.get(other, ())))
             for other, capacity in self.capacity.items()
-            if other != node and other not in self.blamed
+            if other != node and other not in left_out
         )
         return free >= len(self.seats.ranks_on.get(node, ()))
 

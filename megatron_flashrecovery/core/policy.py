@@ -80,7 +80,8 @@ class History:
 
     ``is_starting``: before every rank has come to its first step. ``is_executing``: while the ranks execute a plan.
     ``lasted``: for as long as makes sure. ``is_one_operation``: all wait in the same one. ``has_room``: of other nodes.
-    ``fell_back``: the job went back to a checkpoint for this before. ``is_blamed``: a diagnosis blames its node.
+    ``fell_back``: the job went back to a checkpoint for this before. ``is_blamed``: a diagnosis blames its node;
+    ``has_better_room``: of other nodes that none blames. ``is_recovering``: from an earlier loss.
     """
 
     again: bool = False
@@ -99,6 +100,8 @@ class History:
     has_room: bool = True
     fell_back: bool = False
     is_blamed: bool = False
+    has_better_room: bool = True
+    is_recovering: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,8 @@ SUSPECTED_WITHOUT_ROOM: Condition = (
     lambda history: history.suspicions > 1 and not history.has_room,
 )
 BLAMED: Condition = (
-    "a diagnosis blames its node, and another node has room",
-    lambda history: history.is_blamed and history.has_room,
+    "a diagnosis blames its node, another one that none blames has room, and no recovery is under way",
+    lambda history: history.is_blamed and history.has_better_room and not history.is_recovering,
 )
 AGAIN: Condition = ("again in the same step of the same rank, after a retry", lambda history: history.again)
 AGAIN_IN_STEP: Condition = ("again in the same step, after a retry", lambda history: history.again)

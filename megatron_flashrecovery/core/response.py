@@ -12,6 +12,7 @@ from megatron_flashrecovery.core.messages import Command, Fence
 from megatron_flashrecovery.core.phases import Starting
 from megatron_flashrecovery.core.policy import (
     AGAIN,
+    BLAMED,
     FRUITLESS,
     LOST_OFTEN,
     MISSED_OFTEN,
@@ -102,10 +103,17 @@ def _do(
         case Action.FALL_BACK:
             return fall_back(job, f"{_too_often(job, rank, when, now)}: {why}", now)
         case Action.REPLACE_NODE:
-            nodes = {job.seats.node_of[rank] for rank in said if rank in job.seats.node_of}
-            return _replace_nodes(job, nodes, mishaps, why, now)
+            return _replace_nodes(job, _to_leave_out(job, said), mishaps, why, now)
         case _:
             _unreachable(action)
+
+
+def _to_leave_out(job: Job, said: Mapping[Rank, Rule]) -> set[NodeId]:
+    """For a diagnosis one node at a time, and none beside others: each had the room alone, and of several the copies
+    would be gone together. Whoever was lost elsewhere gets a new process there."""
+    node_of = {rank: job.seats.node_of[rank] for rank in said if rank in job.seats.node_of}
+    others = {node for rank, node in node_of.items() if said[rank].when != BLAMED[0]}
+    return others or set(sorted(node_of.values())[:1])
 
 
 def _replace_nodes(job: Job, nodes: set[NodeId], mishaps: Mapping[Rank, Mishap], why: str, now: float) -> list[Command]:

@@ -38,7 +38,8 @@ class NetworkCounters:
     def read(self) -> dict[str, int]:
         found = _numbers(self._files)
         for descriptor in self._snmp.values():
-            found.update(_of_tcp(os.pread(descriptor, _NBYTES, 0)))
+            with suppress(OSError, ValueError, KeyError):  # a sandbox that shows only some of it
+                found.update(_of_tcp(os.pread(descriptor, _NBYTES, 0)))
         return found
 
     def close(self) -> None:

@@ -50,7 +50,8 @@ class Line:
 class Accused:
     """``line``: by what. ``suspects``: the one, or those that are not told apart but all are of one host. ``p`` counts
     all lines. ``hosts`` and ``nodes``: where the ranks sit that show it; none of a communicator, for its hosts may all
-    be well."""
+    be well. By own times ``nodes`` are only those with a rank that was named slow: that a rack is a percent warmer is
+    significant in a large job, and no reason to do without its nodes."""
 
     suspects: tuple[Suspect, ...]
     line: str
@@ -96,7 +97,8 @@ def diagnose(
     struck = strikes_of(dossier)
     number = len(tables) + bool(struck)
     each_level = level / max(1, number)
-    place = np.array([hosts.index(dossier.host_of[Rank(rank)]) for rank in range(dossier.world)], dtype=np.int64)
+    number_of = {host: number for number, host in enumerate(hosts)}
+    place = np.array([number_of[dossier.host_of[Rank(rank)]] for rank in range(dossier.world)], dtype=np.int64)
     groups: Mapping[str, Sequence[int]] = {str(key): ranks for key, ranks in dossier.groups.items()}
     roles = np.array(stages_of(dossier.world, groups), dtype=np.int64)
     trial = Trial(each_level, max(2000, math.ceil(4 / each_level)))
@@ -176,12 +178,14 @@ def _numbers(struck: Sequence[Sequence[Rank]], world: int) -> Values:
 
 
 def _accused(dossier: Dossier, lines: Sequence[Line], number: int) -> Iterable[Accused]:
+    named = {rank for _, rank, began in dossier.slow if began}
     for line in lines:
         for suspects in line.diagnosis.faults:
             is_hardware = all(suspect.element.kind.is_hardware for suspect in suspects)
             ranks = sorted({rank for suspect in suspects for rank in suspect.ranks}) if is_hardware else []
             hosts = tuple(dict.fromkeys(dossier.host_of[rank] for rank in ranks))
-            nodes = tuple(dict.fromkeys(dossier.node_of[rank] for rank in ranks))
+            counted = [rank for rank in ranks if line.label != OWN_TIME or rank in named]
+            nodes = tuple(dict.fromkeys(dossier.node_of[rank] for rank in counted))
             if len(suspects) == 1 or len(hosts) == 1:
                 p = min(1.0, max(suspect.p for suspect in suspects) * number)
                 yield Accused(suspects, line.label, p, hosts, nodes)

@@ -8,10 +8,11 @@ journal, gives up by itself after a while, and is looked at now and then.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,11 @@ from megatron_flashrecovery.core.phases import Training
 DEADLINE = 60.0
 """Seconds of wall time, on a node that trains."""
 _LOWEST = 19
+_FIRST_TO_GO = "1000"
+_REAPED_WITHIN = 0.2
+_MOST_NBYTES = 1 << 24
+"""Of an answer, which the controller's loop reads."""
+_LONGEST = 500
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,9 @@ class Diagnostician:
         self._occasions = Occasions()
         self._occasion = ""
         self._process: subprocess.Popen[bytes] | None = None
-        self._output: BinaryIO
+        self._stuck: subprocess.Popen[bytes] | None = None
+        self._said: BinaryIO
+        self._complained: BinaryIO
         self._began = 0.0
 
     def hear(self, event: Event, now: float) -> None:
@@ -81,10 +89,11 @@ class Diagnostician:
         """Again and again. Returns what there is to tell the job, and begins a diagnosis if there is an occasion."""
         self._occasions.note_slow(job.own_times.slow, now)
         if self._process is None:
+            if self._stuck is not None and self._stuck.poll() is None:
+                return None
+            self._stuck = None
             occasion = self._occasions.look(isinstance(job.phase, Training), now)
-            if occasion is not None:
-                self._begin(occasion, now)
-            return None
+            return None if occasion is None else self._begin(occasion, now)
         code = self._process.poll()
         if code is None and now < self._began + self._deadline:
             return None
@@ -92,35 +101,70 @@ class Diagnostician:
         return self._end(code)
 
     def close(self) -> None:
-        """Nobody will hear of it any more."""
+        """Nobody will hear of it any more. It may be stuck in the file system of the records, killed as it is: then it
+        goes when that lets go of it, and nobody waits for it."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
-            self._output.close()
-            self._process = None
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_REAPED_WITHIN)
+            self._said.close()
+            self._complained.close()
+            self._process, self._stuck = None, self._process
 
-    def _begin(self, occasion: str, now: float) -> None:
+    def _begin(self, occasion: str, now: float) -> Diagnosed | None:
+        """A machine without room for a process or a file loses the diagnosis, not the job."""
         self._occasion, self._began = occasion, now
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (open for as long as the process runs)
-        self._process = subprocess.Popen(
-            self._command,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-        )
-        with suppress(ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, _LOWEST)
+        with ExitStack() as opened:
+            try:
+                # Apart from each other: a warning of a library shall not spoil an answer.
+                self._said = opened.enter_context(tempfile.TemporaryFile())
+                self._complained = opened.enter_context(tempfile.TemporaryFile())
+                self._process = subprocess.Popen(
+                    self._command,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._said,
+                    stderr=self._complained,
+                )
+            except OSError as error:
+                self._occasions.end(now)
+                return self._failed(f"it could not be started: {error}")
+            opened.pop_all()
+        self._stand_back(self._process.pid)
+        return None
+
+    @staticmethod
+    def _stand_back(pid: int) -> None:
+        """Whoever trains comes first; and where memory runs short, the diagnosis is what the kernel shall end."""
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, pid, _LOWEST)
+        with suppress(OSError):
+            Path(f"/proc/{pid}/oom_score_adj").write_text(_FIRST_TO_GO)
 
     def _end(self, code: int | None) -> Diagnosed:
-        self._output.seek(0)
-        said = b"" if code is None else self._output.read()
-        self.close()
         try:
-            answer = msgspec.json.decode(said, type=Answer)
+            diagnosed = self._answer(code)
+        except OSError as error:
+            diagnosed = self._failed(f"what it said cannot be read: {error}")
+        self.close()
+        return diagnosed
+
+    def _answer(self, code: int | None) -> Diagnosed:
+        if code in (None, -signal.SIGALRM):  # it has the same deadline, and may have come first
+            return self._failed(f"it took longer than {self._deadline:g} s")
+        try:
+            answer = msgspec.json.decode(_from_the_top(self._said), type=Answer)
         except msgspec.DecodeError:  # it was ended, refused what it was told to do, or has a bug
-            words = said.decode(errors="replace").strip().splitlines()
-            reason = f"it took longer than {self._deadline:g} s" if code is None else words[-1] if words else "no word"
-            return Diagnosed(self._occasion, (), f"the diagnosis failed: {reason}")
+            words = _from_the_top(self._complained).decode(errors="replace").strip().splitlines()
+            ended = f"it ended with {code}" if code >= 0 else f"it was ended by signal {-code}"
+            return self._failed(words[-1][:_LONGEST] if words else ended)
         blamed = tuple(Blamed(each.element, each.p, each.evidence, each.nodes) for each in answer.blamed)
         return Diagnosed(self._occasion, blamed, answer.undetermined or "")
+
+    def _failed(self, reason: str) -> Diagnosed:
+        return Diagnosed(self._occasion, (), f"the diagnosis failed: {reason}")
+
+
+def _from_the_top(output: BinaryIO) -> bytes:
+    output.seek(0)
+    return output.read(_MOST_NBYTES)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_flashrecovery.core.errors import RecordDamaged
 from megatron_flashrecovery.core.findings import NumbersBad, PeersDiffered
-from megatron_flashrecovery.core.ids import GroupKey, NodeId, Rank, WorkerId
+from megatron_flashrecovery.core.ids import GroupKey, NodeId, Rank, Step, WorkerId
 from megatron_flashrecovery.core.messages import (
+    Loss,
     NodeLost,
     OperationsFailed,
     RanksHung,
@@ -26,6 +27,8 @@ from megatron_flashrecovery.runtime.node_messages import DeviceNoted, Heartbeats
 
 _OF_THE_SCRIPT = frozenset({Fault.EXCEPTION, Fault.DEVICE_MEMORY})
 """Where a bug or a model too large comes up says nothing about the place."""
+_MAYBE_OF_THE_DATA = frozenset({Fault.PROCESS_ENDED, Fault.OUT_OF_MEMORY})
+"""A rank that ends so again in the same step got the same data again."""
 OWN_TIME = "own time of a step"
 
 
@@ -113,6 +116,7 @@ class _Reader:
     slow: list[tuple[float, Rank, bool]] = field(default_factory=list)
     ended: set[WorkerId] = field(default_factory=set)
     hung: set[tuple[int, Rank]] = field(default_factory=set)
+    retried: set[tuple[Rank, Step]] = field(default_factory=set)
 
     def hear(self, line: Line) -> None:
         self.start, self.end = self.start or line.time, line.time
@@ -135,6 +139,10 @@ class _Reader:
             case "SlowNoted":
                 noted = decode_as(SlowNoted, line)
                 self.slow.append((line.time, noted.rank, noted.evidence is not None))
+            case "Park" | "RestartAll":
+                # A new epoch knows of nobody (``SlowNoted``); who is slow still is named again.
+                began = {rank: is_slow for _, rank, is_slow in self.slow}
+                self.slow += [(line.time, rank, False) for rank, is_slow in began.items() if is_slow]
             case _:
                 self.incidents += self._incidents(line)
 
@@ -145,7 +153,7 @@ class _Reader:
                 for loss in decode_as(WorkersLost, line).losses:
                     if loss.worker not in self.ended:
                         self.ended.add(loss.worker)
-                        is_own = loss.fault not in _OF_THE_SCRIPT
+                        is_own = loss.fault not in _OF_THE_SCRIPT and not self._is_again(loss)
                         yield Incident(time, loss.fault.value, (loss.rank,), loss.cause, is_own)
             case "NodeLost":
                 node = decode_as(NodeLost, line)
@@ -175,6 +183,13 @@ class _Reader:
                 differed = decode_as(PeersDiffered, line)
                 ranks = differed.rank, differed.guest
                 yield Incident(time, Fault.CORRUPTION.value, ranks, f"they differ in {differed.part}", is_own=False)
+
+    def _is_again(self, loss: Loss) -> bool:
+        if loss.step is None or loss.fault not in _MAYBE_OF_THE_DATA:
+            return False
+        is_again = (loss.rank, loss.step) in self.retried
+        self.retried.add((loss.rank, loss.step))
+        return is_again
 
     def dossier(self) -> Dossier:
         node_of = {rank: node for node, ranks in sorted(self.seats.items()) for rank in ranks}

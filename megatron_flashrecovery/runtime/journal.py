@@ -10,12 +10,13 @@ reading leaves a torn last line out.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, BinaryIO, TypeVar, get_args
 
 import msgspec
 
@@ -58,6 +59,7 @@ class Journal:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._encoder = msgspec.json.Encoder()
         self._state: tuple[object, float | None] | None = None
+        self._is_torn = False
 
     def started(self, job: JobStarted, *, time: float, now: float) -> None:
         """What a replay begins with: once, before the first event."""
@@ -82,26 +84,46 @@ class Journal:
         assert isinstance(body, dict), message
         assert not _RESERVED & body.keys(), message
         head = {"time": time, "now": now, "epoch": epoch, "kind": kind, "name": type(message).__name__}
-        os.write(self._fd, self._encoder.encode(head | body) + b"\n")
+        self._append(self._encoder.encode(head | body) + b"\n")
 
     def close(self) -> None:
         os.close(self._fd)
 
+    def _append(self, line: bytes) -> None:
+        """A disk that is full may take half of it: the next one begins anew, so no more is lost than that."""
+        text = b"\n" + line if self._is_torn else line
+        self._is_torn = os.write(self._fd, text) < len(text)
+        if self._is_torn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
 
 def read_journal(path: Path, names: Collection[str] | None = None) -> Iterator[Line]:
     """Raises ``RecordDamaged`` if any line but the last is not what ``Journal`` writes. With ``names`` only such lines
-    are looked at: the rest of a long journal costs no decoding."""
+    are looked at: the rest of a long journal costs no decoding, and what is damaged is left out."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        file = path.open("rb")
     except FileNotFoundError:
         raise RecordDamaged(f"{path} does not exist: name the --log-dir of a run, or wait until it has begun") from None
-    # What follows the last line feed is empty, or the torn line of a crash.
-    for number, text in enumerate(lines[:-1], start=1):
-        if names is not None and (found := _NAME.search(text)) is not None and found[1].decode() not in names:
+    with file:
+        yield from _lines(path, file, names)
+
+
+def _lines(path: Path, file: BinaryIO, names: Collection[str] | None) -> Iterator[Line]:
+    """One at a time: the journal of weeks is larger than memory."""
+    for number, text in enumerate(file, start=1):
+        if not text.endswith(b"\n"):  # the torn line of a crash
+            return
+        if (
+            names is not None
+            and (found := _NAME.search(text)) is not None
+            and found[1].decode(errors="replace") not in names
+        ):
             continue
         try:
             yield _line(msgspec.json.decode(text, type=dict[str, Any]))
         except (msgspec.DecodeError, KeyError, TypeError) as error:
+            if names is not None:
+                continue
             raise RecordDamaged(f"{path} line {number} is not a line of a journal: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """Measurements of a site's own counters, from a file: JSON lines, or CSV with a header. docs/diagnose.md describes it.
 
-{"time": 1764000000.0, "metric": "switch port errors", "host": "n17", "value": 12}
-{"time": 1764000000.0, "metric": "SM clock", "rank": 3, "value": 1410, "bad": "low"}
+{"time": 1764000000.0, "metric": "switch port errors", "like": "errors", "host": "n17", "value": 12, "seconds": 60}
+{"time": 1764000000.0, "metric": "kernel time", "like": "compute", "rank": 3, "value": 0.0123}
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ def read_telemetry(path: Path, dossier: Dossier) -> tuple[Sample, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--telemetry {path} cannot be read: {error}") from None
     rows = _of_csv(text) if path.suffix == ".csv" else _of_json(path, text)
-    short = {host.partition(".")[0]: host for host in dossier.host_of.values()}
+    hosts = {host.partition(".")[0]: host for host in dossier.host_of.values()}
+    hosts |= {host: host for host in dossier.host_of.values()}
     samples = []
     for number, row in rows:
         try:
-            samples.append(_sample(row, dossier, short))
+            samples.append(_sample(row, dossier, hosts))
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
             raise ConfigError(f"--telemetry {path} line {number}: {reason}") from None
@@ -60,7 +61,7 @@ def _of_json(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield number, row
 
 
-def _sample(row: Mapping[str, Any], dossier: Dossier, short: Mapping[str, str]) -> Sample:
+def _sample(row: Mapping[str, Any], dossier: Dossier, hosts: Mapping[str, str]) -> Sample:
     if unknown := row.keys() - _FIELDS:
         raise ValueError(f"there is no field {min(map(str, unknown))}: it has {', '.join(sorted(_FIELDS))}")
     time, value = _number(row, "time"), _number(row, "value")
@@ -68,6 +69,8 @@ def _sample(row: Mapping[str, Any], dossier: Dossier, short: Mapping[str, str]) 
         raise ValueError(f"value is {value:g}: give what is bad if it is high, and never negative")
     label, metric = str(row["metric"]), _like(str(row.get("like", row["metric"])))
     seconds = _number(row, "seconds") if NATURE[metric].is_count else 0.0
+    if NATURE[metric].is_count and seconds <= 0:
+        raise ValueError(f"seconds is {seconds:g}: give for how long it was counted")
     if ("rank" in row) == ("host" in row):
         raise ValueError("give rank or host, one of them")
     if "rank" in row:
@@ -76,7 +79,7 @@ def _sample(row: Mapping[str, Any], dossier: Dossier, short: Mapping[str, str]) 
             raise ValueError(f"there is no rank {rank} in a job of {dossier.world}")
         return Sample(time, label, metric, {rank: value}, seconds=seconds)
     host = str(row["host"])
-    known = host if host in dossier.host_of.values() else short.get(host.partition(".")[0])
+    known = hosts.get(host) or hosts.get(host.partition(".")[0])
     if known is None:
         raise ValueError(f"no rank of this job sits on host {host}: leave it out, or name it as `hostname` does there")
     return Sample(time, label, metric, {}, known, value, seconds)

@@ -85,7 +85,16 @@ def test_every_fault_has_rules_and_the_last_of_them_always_applies(fault):
         pytest.param(Fault.CORRUPTION, History(), Action.FALL_BACK, id="peers-differ"),
         pytest.param(Fault.PROCESS_ENDED, History(is_blamed=True), Action.REPLACE_NODE, id="on-a-node-that-is-blamed"),
         pytest.param(
-            Fault.HANG, History(is_blamed=True, has_room=False), Action.REPLACE_PROCESS, id="blamed-and-no-other-node"
+            Fault.HANG,
+            History(is_blamed=True, has_better_room=False),
+            Action.REPLACE_PROCESS,
+            id="blamed-and-no-other-node",
+        ),
+        pytest.param(
+            Fault.PROCESS_ENDED,
+            History(is_blamed=True, is_recovering=True),
+            Action.REPLACE_PROCESS,
+            id="blamed-in-a-recovery-from-something-else",
         ),
         pytest.param(
             Fault.EXCEPTION, History(is_blamed=True), Action.REPLACE_PROCESS, id="a-bug-on-a-node-that-is-blamed"

@@ -38,6 +38,17 @@ def test_while_the_controller_itself_stood_still_nobody_was_late():
     assert punctuality.look(EVERY) == {}
 
 
+def test_if_most_are_late_at_once_it_is_the_controller_and_none_of_them():
+    punctuality = Punctuality(0.4)
+    for node in "abc":
+        punctuality.hear(NodeId(node), 0.0)
+    for node in "ab":
+        punctuality.hear(NodeId(node), 1.0)
+    assert punctuality.look(EVERY) == {}
+    punctuality.hear(A, EVERY + 1.0)
+    assert punctuality.look(2 * EVERY) == {A: Gaps(1, EVERY)}
+
+
 def test_a_node_that_was_given_up_begins_anew():
     punctuality = heard(0.0)
     punctuality.forget(A)

@@ -21,6 +21,7 @@ from megatron_flashrecovery.core.messages import (
 from megatron_flashrecovery.core.phases import Executing
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.reports import Update
+from megatron_flashrecovery.core.response import Mishap, respond
 from megatron_flashrecovery.core.shares import Source
 from tests.core.jobs import (
     CONFIG,
@@ -134,13 +135,36 @@ def test_a_blamed_node_is_no_room_for_others_and_gets_seats_only_if_no_other_is_
     job = training_job()
     good = NodeId("zz")
     play(job, NodeJoined(SPARE, 2), blame(SPARE, B))
-    assert not job.has_room_for(B)
+    assert not job.history(0.0, Rank(3)).has_better_room
     play(job, NodeJoined(good, 2))
     *_, start = play(job, lost(B, 3))
     assert start == StartWorkers(good, 1, (2, 3))
     job = training_job()
     play(job, NodeJoined(SPARE, 2), blame(SPARE))
     assert play(job, NodeLost(B, "gone"))[-1] == StartWorkers(SPARE, 1, (2, 3))
+
+
+def test_no_job_ends_because_a_diagnosis_blames_the_only_node_with_room():
+    job = training_job()
+    play(job, NodeJoined(SPARE, 2), blame(SPARE))
+    job.suspect(Rank(3))
+    *_, start = play(job, fell(3, Fault.DEVICE_ERROR))
+    assert start == StartWorkers(SPARE, 1, (2, 3))
+
+
+def test_of_blamed_nodes_one_is_left_out_at_a_time():
+    job = training_job()
+    play(job, NodeJoined(SPARE, 2), blame(A, B))
+    mishaps = {Rank(rank): Mishap(Fault.HANG, "it hangs") for rank in (0, 3)}
+    orders = respond(job, mishaps, "both hang", 1.0, fenced=(Rank(0), Rank(3)))
+    started = [order for order in orders if isinstance(order, StartWorkers)]
+    assert started == [StartWorkers(B, 1, (3,)), StartWorkers(SPARE, 1, (0, 1))]
+
+
+def test_in_a_recovery_a_blamed_node_keeps_its_seats_for_it_may_have_the_only_copies():
+    job = training_job()
+    play(job, NodeJoined(SPARE, 2), blame(B), lost(A, 0))
+    assert StartWorkers(B, 2, (3,)) in play(job, lost(B, 3))
 
 
 def test_a_later_diagnosis_that_finds_nobody_acquits_nobody():

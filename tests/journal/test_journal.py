@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import get_args
 
@@ -40,6 +41,21 @@ def written(path, *messages):
 
 def one_job():
     return Job(JobConfig(), Seats({NodeId("n0"): (Rank(0), Rank(1))}))
+
+
+def test_a_full_disk_costs_one_line_and_who_wants_some_names_only_reads_the_rest(path, monkeypatch):
+    journal = Journal(path)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, text: write(fd, text[:40]))
+    with pytest.raises(OSError, match="No space left"):
+        journal.write("event", LOST, time=1.0, epoch=Epoch(0), now=0.5)
+    monkeypatch.setattr(os, "write", write)
+    for time in (2.0, 3.0):
+        journal.write("event", LOST, time=time, epoch=Epoch(0), now=0.5)
+    journal.close()
+    assert [line.time for line in read_journal(path, {"WorkersLost"})] == [2.0, 3.0]
+    with pytest.raises(RecordDamaged, match="line 1 "):
+        list(read_journal(path))
 
 
 @pytest.mark.parametrize("kind", [*get_args(Event), *get_args(Command)], ids=lambda kind: kind.__name__)

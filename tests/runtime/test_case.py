@@ -77,6 +77,14 @@ def test_of_a_communicator_no_host_is_to_be_left_out(records):
     assert (accused.hosts, accused.nodes) == ((), ())
 
 
+def test_by_own_times_a_node_is_done_without_only_if_a_rank_there_was_named_slow(records):
+    records.train(5).name_slow(6)
+    fault = suspects(0.0001, (Kind.LEAF, "leaf0"), ranks=(1, 6))
+    (accused,) = case_of(records, saying(fault)).accused
+    assert (len(accused.hosts), len(accused.nodes)) == (2, 1)
+    assert accused.nodes == (read_dossier(records.directory).node_of[6],)
+
+
 def test_hosts_are_named_with_all_that_speaks_against_them(records):
     records.train(5).lose(5, 5, 5, 5)
     case = case_of(records, saying(suspects(0.005, (Kind.HOST, "gpu01"))))

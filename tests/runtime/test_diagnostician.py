@@ -64,6 +64,47 @@ def test_its_failure_is_told_and_ends_nothing_else():
         assert heard(it).undetermined == "the diagnosis failed: flashrecovery: no such file"
 
 
+def test_a_warning_beside_its_answer_does_not_spoil_it():
+    with diagnostician(f"import sys; print('a warning', file=sys.stderr); print({json.dumps(ANSWER)!r})") as it:
+        assert heard(it).blamed
+
+
+def test_who_ended_it_is_told_where_it_could_not_say():
+    with diagnostician("import os, signal; os.kill(os.getpid(), signal.SIGKILL)") as it:
+        assert heard(it).undetermined == "the diagnosis failed: it was ended by signal 9"
+    with diagnostician("import os, signal; os.kill(os.getpid(), signal.SIGALRM)") as it:
+        assert heard(it).undetermined == "the diagnosis failed: it took longer than 60 s"
+
+
+def test_one_that_cannot_be_started_is_told_and_ends_nothing_else():
+    it = Diagnostician(Path("logs"), None, {}, ("/nowhere/python",))
+    job = training_job()
+    it.look(job, 0.0)
+    job.own_times.slow = {3: "it is"}
+    it.look(job, 100.0)
+    diagnosed = it.look(job, BEGIN)
+    assert diagnosed is not None
+    assert diagnosed.undetermined.startswith("the diagnosis failed: it could not be started: ")
+    assert it.look(job, BEGIN + 1) is None
+    it.close()
+
+
+def test_one_that_does_not_even_die_is_waited_for_by_nobody_and_has_no_other_beside_it():
+    with diagnostician("import time; time.sleep(60)", deadline=5.0) as it:
+        process = it._process
+        assert process is not None
+        kill, process.kill = process.kill, lambda: None  # in an uninterruptible wait it makes no difference
+        assert it.look(training_job(), BEGIN + 5.0) is not None
+        for life in (1, 2, 3):
+            it.hear(lost(A, 1, life=life), BEGIN + 6.0)
+        assert it.look(training_job(), BEGIN + 6.0 + EVERY) is None
+        assert it._process is None
+        kill()
+        process.wait()
+        assert it.look(training_job(), BEGIN + 7.0 + EVERY) is None
+        assert it._process is not None
+
+
 def test_it_runs_at_the_lowest_priority_on_the_records_with_a_deadline_of_its_own():
     with diagnostician("import sys; sys.stdin.read(); print(sys.argv)") as it:
         assert it._process is not None
@@ -71,6 +112,7 @@ def test_it_runs_at_the_lowest_priority_on_the_records_with_a_deadline_of_its_ow
     with diagnostician("import time; time.sleep(60)") as it:
         assert it._process is not None
         assert os.getpriority(os.PRIO_PROCESS, it._process.pid) == 19
+        assert Path(f"/proc/{it._process.pid}/oom_score_adj").read_text() == "1000\n"
 
 
 def test_one_that_takes_too_long_is_ended_and_nobody_has_waited():

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_flashrecovery.core.errors import RecordDamaged
 from megatron_flashrecovery.core.findings import NumbersBad, PeersDiffered
-from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.job import JobConfig
-from megatron_flashrecovery.core.messages import NodeLost, OperationsFailed, RanksHung
+from megatron_flashrecovery.core.messages import Loss, NodeLost, OperationsFailed, Park, RanksHung, WorkersLost
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.diagnose.telemetry import Metric
 from megatron_flashrecovery.runtime.case import strikes_of
@@ -102,9 +102,37 @@ def test_a_loss_that_is_told_twice_counts_once(records):
     assert len(read_dossier(records.lose(1).directory).incidents) == 1
 
 
+def test_to_end_again_in_the_same_step_speaks_against_no_place_for_the_data_is_the_same(records):
+    for life, (step, fault) in enumerate(
+        [
+            (7, Fault.PROCESS_ENDED),
+            (7, Fault.PROCESS_ENDED),
+            (7, Fault.DEVICE_ERROR),
+            (8, Fault.PROCESS_ENDED),
+            (None, Fault.PROCESS_ENDED),
+            (None, Fault.PROCESS_ENDED),
+        ]
+    ):
+        at = None if step is None else Step(step)
+        loss = Loss(Rank(3), WorkerId(f"rank3.{life}"), "killed by SIGSEGV", Epoch(0), at, fault=fault)
+        records.write("event", WorkersLost(NODE, (loss,)))
+    assert [each.is_own for each in read_dossier(records.directory).incidents] == [True, False, True, True, True, True]
+
+
 def test_alarms_begin_and_end(records):
     records.train(1).name_slow(2)
     assert read_dossier(records.directory).slow == ((START + 1, 2, True),)
+
+
+def test_a_new_epoch_ends_all_alarms(records):
+    records.train(1).name_slow(2, 5).train(1)
+    records.write("command", Park(Epoch(1), OrderNumber(1), (Rank(7),)), epoch=1)
+    records.train(1)
+    records.write("command", Park(Epoch(2), OrderNumber(2), (Rank(7),)), epoch=2)
+    began, ended = START + 1, START + 2
+    assert read_dossier(records.directory).slow == tuple((began, rank, True) for rank in (2, 5)) + tuple(
+        (ended, rank, False) for rank in (2, 5)
+    )
 
 
 def test_a_job_that_never_began_has_no_layout(tmp_path):

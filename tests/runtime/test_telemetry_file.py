@@ -51,6 +51,11 @@ def test_json_lines_and_csv_say_the_same(tmp_path, dossier):
         pytest.param('{"time": 1, "metric": "compute", "rank": 0, "value": -1}', "never negative", id="negative"),
         pytest.param('{"time": 1, "metric": "compute", "rank": 0, "value": "hot"}', "give a number", id="no-number"),
         pytest.param('{"time": 1, "metric": "errors", "rank": 0, "value": 1}', "seconds is missing", id="a-count"),
+        pytest.param(
+            '{"time": 1, "metric": "errors", "rank": 0, "value": 1, "seconds": 0}',
+            "how long it was counted",
+            id="no-time",
+        ),
         pytest.param('{"time": 1, "metric": "compute", "rnak": 0, "value": 1}', "no field rnak", id="field"),
         pytest.param("", "has no measurement", id="empty"),
     ],

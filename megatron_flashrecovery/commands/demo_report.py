@@ -8,10 +8,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_flashrecovery.commands.console import Console
 from megatron_flashrecovery.commands.verify import first_difference
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.runtime.log_dir import LOGS

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.table import Table
 
+from megatron_flashrecovery.commands.console import Console
 from megatron_flashrecovery.core.bill import Bill, NodeBill, readable
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.mirroring import Placement

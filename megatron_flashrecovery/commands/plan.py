@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.layout import MEGATRON_ORDER, megatron_expert_layout, megatron_layout
@@ -28,7 +27,9 @@ _SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 def add_arguments(parser: Arguments) -> None:
     parser.description = f"{PURPOSE}: of the job whose --log-dir is DIR, or of one described by Megatron's flags"
-    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="the --log-dir of a running job")
+    parser.add_argument(
+        "directory", nargs="?", type=directory_of_records, metavar="DIR", help="the --log-dir of a running job"
+    )
     add = parser.add_flag
     add("--world-size", type=int, default=None, help="ranks in all; or give --nnodes and --nproc-per-node")
     add("--nnodes", type=int, default=None, help="number of nodes")

@@ -46,8 +46,9 @@ def _key(fault: Fault) -> str:
 def _show(rules: Sequence[Rule]) -> None:
     # Here: `flashrecovery --help` does without.
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
+
+    from megatron_flashrecovery.commands.console import Console
 
     console = Console(highlight=False)
     table = Table("fault", "when", "then", box=SIMPLE, pad_edge=False)

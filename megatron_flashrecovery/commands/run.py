@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.runtime.injection import help_of_spec
 
@@ -63,7 +63,7 @@ def add_arguments(parser: Arguments) -> None:
     add("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
     add(
         "--log-dir",
-        type=Path,
+        type=directory_of_records,
         default=None,
         metavar="DIR",
         help="records and output of the workers (flashrecovery-logs/TIME-PID)",

@@ -30,6 +30,8 @@ def show(job: Arrangement, found: Outlook) -> None:
 
 
 def _kind(job: Arrangement) -> str:
+    if all(len(group) == 1 for group in job.peers.values()):
+        return "no rank has a data-parallel peer: every rank's whole state is mirrored"
     if job.sharded:
         return "the optimizer state is split: every rank's share is mirrored"
     return "the big state has its copies on data-parallel peers: only small pieces are mirrored"

@@ -74,6 +74,7 @@ def arrangement(arguments: argparse.Namespace) -> Arrangement:
     layout = megatron_layout(
         len(node_of), tensor=tensor, pipeline=pipeline, context=arguments.context_parallel_size, order=order
     )
+    _check_experts(arguments)
     expert_tensor = arguments.expert_tensor_parallel_size or tensor
     experts = megatron_expert_layout(
         len(node_of),
@@ -115,6 +116,20 @@ def _nodes(arguments: argparse.Namespace) -> dict[Rank, NodeId]:
     if nodes is not None and -(-world // per_node) != nodes:
         raise ConfigError(f"--world-size {world} does not fill --nnodes {nodes} with {per_node} ranks each")
     return {Rank(rank): NodeId(f"node{rank // per_node}") for rank in range(world)}
+
+
+def _check_experts(arguments: argparse.Namespace) -> None:
+    """What upstream or `run` would refuse."""
+    split, experts = arguments.expert_model_parallel_size, arguments.num_experts
+    if split > 1 and not arguments.use_distributed_optimizer:
+        raise ConfigError(
+            f"--expert-model-parallel-size {split} needs --use-distributed-optimizer: without it, experts would be "
+            f"copied from data-parallel peers, who have others"
+        )
+    if experts and experts % split:
+        raise ConfigError(
+            f"--num-experts {experts} is no multiple of --expert-model-parallel-size {split}: every rank has as many"
+        )
 
 
 def _instances(arguments: argparse.Namespace, peers: int) -> int:

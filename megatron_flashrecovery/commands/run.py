@@ -107,7 +107,7 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     check_script(config.script, config.module)
     if config.node_rank == 0:
         log_dir.claim(config.log_dir, arguments.overwrite)
-    print(f"flashrecovery: starting {config.script}", file=sys.stderr, flush=True)
+    print(f"flashrecovery: starting {config.script}; loading torch takes some seconds", file=sys.stderr, flush=True)
     _warn_of_untested_torch()
     from megatron_flashrecovery.runtime import launch
 

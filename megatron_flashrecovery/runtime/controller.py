@@ -83,7 +83,8 @@ class Controller:
         self._looked = time.monotonic()
         while not self._over.is_set():
             self._apply(core.ClockTicked())
-            self._chronicle.remind(self._job, time.monotonic())
+            absent = sorted(node for node in self._job.seats.ranks_on if node not in self._known)
+            self._chronicle.remind(self._job, time.monotonic(), absent)
             self._check_silence()
             self._look_for_requests()
             self._look_for_who_is_to_blame()

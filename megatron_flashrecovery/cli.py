@@ -32,7 +32,10 @@ _COMMANDS: Mapping[str, ModuleType] = {
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
     """``environment`` is the only place from which environment variables are read."""
     try:
-        return _execute(sys.argv[1:] if argv is None else argv, os.environ if environment is None else environment)
+        try:
+            return _execute(sys.argv[1:] if argv is None else argv, os.environ if environment is None else environment)
+        finally:
+            sys.stdout.flush()  # here, and not when the interpreter ends: it would complain about a closed pipe
     except (ConfigError, RecordDamaged) as error:
         print(f"flashrecovery: {error}", file=sys.stderr)
         return 2

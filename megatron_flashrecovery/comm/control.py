@@ -6,8 +6,10 @@ refused before a message is read. Messages are msgpack of dataclasses (``codec``
 
 from __future__ import annotations
 
+import errno
 import hmac
 import queue
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
@@ -50,6 +52,8 @@ class ControlServer:
 
     async def start(self, address: str, port: int) -> int:
         """Returns the port. Raises ``ConfigError`` if it is taken."""
+        if port and _is_taken(address, port):
+            raise _port_is_taken(address, port)
         self._server = grpc.aio.server(options=_OPTIONS)  # here, because it belongs to the loop that is running
         handler = grpc.stream_stream_rpc_method_handler(self._attach)
         self._server.add_generic_rpc_handlers((_OneMethod(handler),))
@@ -58,7 +62,7 @@ class ControlServer:
         except RuntimeError:
             bound = 0
         if bound == 0:
-            raise ConfigError(f"port {port} is taken on {address}: give another --master-port, or 0 for a free one")
+            raise _port_is_taken(address, port)
         await self._server.start()
         return bound
 
@@ -143,3 +147,17 @@ class ControlClient:
         if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION):
             return ConfigError(f"the controller at {self._address} refuses this node: {detail}")
         return LinkLost(f"the controller at {self._address} is gone: {detail}")
+
+
+def _is_taken(address: str, port: int) -> bool:
+    """Asked beforehand: gRPC writes a line of its own about such a port, and only the environment, which workers
+    inherit, can forbid it."""
+    try:
+        socket.create_server((address, port)).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
+
+
+def _port_is_taken(address: str, port: int) -> ConfigError:
+    return ConfigError(f"port {port} is taken on {address}: give another --master-port, or 0 for a free one")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_flashrecovery.core.errors import ConfigError
@@ -28,6 +30,15 @@ class Arguments(argparse.ArgumentParser):
         """Every flag in its first spelling."""
         long = (next((o for o in a.option_strings if o.startswith("--")), "") for a in self._actions)
         return tuple(flag for flag in long if flag)
+
+
+def directory_of_records(text: str) -> Path:
+    """For the flags and arguments that name one. Raises ``ConfigError`` for what can never be one."""
+    path = Path(text)
+    for part in (path, *path.parents):
+        if os.path.isfile(part):  # what cannot be looked at is another complaint's, and no traceback
+            raise ConfigError(f"{part} is a file: name the --log-dir of a run, which is a directory")
+    return path
 
 
 def refuse_unknown(flag: str, known: Iterable[str], unsupported: dict[str, str]) -> NoReturn:

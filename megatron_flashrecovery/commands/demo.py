@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 from megatron_flashrecovery.commands.run import check_script
 from megatron_flashrecovery.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from megatron_flashrecovery.commands.console import Console
     from megatron_flashrecovery.core.ids import Rank
 
 PURPOSE = "train a small GPT twice, once with a rank killed in mid-step, and compare the two bit for bit"
@@ -26,7 +25,13 @@ _LIMIT = 600.0
 
 def add_arguments(parser: Arguments) -> None:
     add = parser.add_flag
-    add("--log-dir", type=Path, default=Path("flashrecovery-demo"), metavar="DIR", help="where both runs leave records")
+    add(
+        "--log-dir",
+        type=directory_of_records,
+        default=Path("flashrecovery-demo"),
+        metavar="DIR",
+        help="where both runs leave records",
+    )
     add("--nproc-per-node", type=int, default=8, metavar="N", help="ranks (8)")
     add("--inject", action="append", default=None, metavar="SPEC", help=f"another fault than {_FAULT}")
     parser.add_argument("script", nargs="?", default=str(_SCRIPT), metavar="SCRIPT", help="another script")
@@ -34,9 +39,8 @@ def add_arguments(parser: Arguments) -> None:
 
 
 def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    from rich.console import Console
-
     from megatron_flashrecovery.commands import demo_report
+    from megatron_flashrecovery.commands.console import Console
 
     if arguments.script == str(_SCRIPT) and not _SCRIPT.is_file():
         raise ConfigError(f"there is no {_SCRIPT} here: run the demo from the root of a checkout, or name a script")

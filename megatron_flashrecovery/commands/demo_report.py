@@ -100,7 +100,12 @@ def _recovery_table(recovery: RecoveryRecord) -> Table:
 def _recovery_lines(recovery: RecoveryRecord) -> list[str]:
     lines = [
         escape(f"lost: {recovery.cause}"),
-        f"resumed at step {recovery.resume_step}, {recovery.steps_recomputed} computed again; "
+        f"resumed at step {recovery.resume_step}: the step under way was begun again, "
+        f"{_completed(recovery.steps_recomputed)} computed again; "
         f"{recovery.groups.rebuilt} groups rebuilt, {recovery.groups.kept} kept",
     ]
     return lines + [escape(f"rank {rank}: {source}") for rank, source in sorted(recovery.source.items())]
+
+
+def _completed(steps: int) -> str:
+    return f"{steps or 'no'} completed step{'' if steps == 1 else 's'}"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 from megatron_flashrecovery.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ def add_arguments(parser: Arguments) -> None:
     parser.description = (
         f"{PURPOSE}. Exits with 0: somebody is to blame, 1: undetermined, 2: it cannot be done as asked."
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the --log-dir of a run, also of a running one")
+    parser.add_argument(
+        "directory", type=directory_of_records, metavar="DIR", help="the --log-dir of a run, also of a running one"
+    )
     add = parser.add_flag
     add("--topology", type=Path, default=None, metavar="FILE", help="describes the cluster (docs/diagnose.md)")
     add("--telemetry", type=Path, default=None, metavar="FILE", help="measurements of the site: .jsonl or .csv")

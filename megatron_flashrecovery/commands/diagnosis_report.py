@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 import msgspec
 import numpy as np
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from megatron_flashrecovery.commands.console import Console
 from megatron_flashrecovery.commands.diagnosis_picture import Shown
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.diagnose.diagnosis import Suspect

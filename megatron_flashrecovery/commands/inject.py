@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.runtime.injection import Injection, help_of_kinds, help_of_spec
 
@@ -17,7 +16,7 @@ _TIMEOUT = 10.0
 def add_arguments(parser: Arguments) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"kinds of faults, with their keys:\n{help_of_kinds()}"
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the --log-dir of the run")
+    parser.add_argument("directory", type=directory_of_records, metavar="DIR", help="the --log-dir of the run")
     spec = f"{help_of_spec()}; without step in the next one, without at at the first moment"
     parser.add_argument("spec", metavar="SPEC", help=spec)
     parser.add_flag("--timeout", type=float, default=_TIMEOUT, metavar="SECONDS", help="for the run to answer (10)")

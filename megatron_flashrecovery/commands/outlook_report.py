@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.table import Table
 
+from megatron_flashrecovery.commands.console import Console
 from megatron_flashrecovery.core.bill import Bill, NodeBill, readable
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.mirroring import Placement
@@ -30,6 +30,8 @@ def show(job: Arrangement, found: Outlook) -> None:
 
 
 def _kind(job: Arrangement) -> str:
+    if all(len(group) == 1 for group in job.peers.values()):
+        return "no rank has a data-parallel peer: every rank's whole state is mirrored"
     if job.sharded:
         return "the optimizer state is split: every rank's share is mirrored"
     return "the big state has its copies on data-parallel peers: only small pieces are mirrored"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.layout import MEGATRON_ORDER, megatron_expert_layout, megatron_layout
@@ -28,7 +27,9 @@ _SIZES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 def add_arguments(parser: Arguments) -> None:
     parser.description = f"{PURPOSE}: of the job whose --log-dir is DIR, or of one described by Megatron's flags"
-    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="the --log-dir of a running job")
+    parser.add_argument(
+        "directory", nargs="?", type=directory_of_records, metavar="DIR", help="the --log-dir of a running job"
+    )
     add = parser.add_flag
     add("--world-size", type=int, default=None, help="ranks in all; or give --nnodes and --nproc-per-node")
     add("--nnodes", type=int, default=None, help="number of nodes")
@@ -73,6 +74,7 @@ def arrangement(arguments: argparse.Namespace) -> Arrangement:
     layout = megatron_layout(
         len(node_of), tensor=tensor, pipeline=pipeline, context=arguments.context_parallel_size, order=order
     )
+    _check_experts(arguments)
     expert_tensor = arguments.expert_tensor_parallel_size or tensor
     experts = megatron_expert_layout(
         len(node_of),
@@ -114,6 +116,20 @@ def _nodes(arguments: argparse.Namespace) -> dict[Rank, NodeId]:
     if nodes is not None and -(-world // per_node) != nodes:
         raise ConfigError(f"--world-size {world} does not fill --nnodes {nodes} with {per_node} ranks each")
     return {Rank(rank): NodeId(f"node{rank // per_node}") for rank in range(world)}
+
+
+def _check_experts(arguments: argparse.Namespace) -> None:
+    """What upstream or `run` would refuse."""
+    split, experts = arguments.expert_model_parallel_size, arguments.num_experts
+    if split > 1 and not arguments.use_distributed_optimizer:
+        raise ConfigError(
+            f"--expert-model-parallel-size {split} needs --use-distributed-optimizer: without it, experts would be "
+            f"copied from data-parallel peers, who have others"
+        )
+    if experts and experts % split:
+        raise ConfigError(
+            f"--num-experts {experts} is no multiple of --expert-model-parallel-size {split}: every rank has as many"
+        )
 
 
 def _instances(arguments: argparse.Namespace, peers: int) -> int:

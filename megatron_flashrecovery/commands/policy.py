@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -30,12 +31,15 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
 
 
 def of_fault(name: str) -> Sequence[Rule]:
-    """By the name in the table, or that in a journal's words (`out_of_memory`). Raises ``ConfigError``."""
+    """By the name in the table, or that of ``--json`` (`out_of_memory`). Raises ``ConfigError``."""
     wanted = name.lower().replace("-", "_").replace(" ", "_")
     named = {**{_key(fault): fault for fault in Fault}, **{fault.value.replace(" ", "_"): fault for fault in Fault}}
     if wanted not in named:
-        known = " ".join(_key(fault) for fault in Fault)
-        raise ConfigError(f"there is no fault {name!r} in the table: it has {known}")
+        close = difflib.get_close_matches(wanted, named, n=1)
+        remedy = f"did you mean {named[close[0]].value!r}? " if close else ""
+        raise ConfigError(
+            f"there is no fault {name!r} in the table: {remedy}it has {', '.join(fault.value for fault in Fault)}"
+        )
     return [rule for rule in POLICY if rule.fault is named[wanted]]
 
 
@@ -46,8 +50,9 @@ def _key(fault: Fault) -> str:
 def _show(rules: Sequence[Rule]) -> None:
     # Here: `flashrecovery --help` does without.
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
+
+    from megatron_flashrecovery.commands.console import Console
 
     console = Console(highlight=False)
     table = Table("fault", "when", "then", box=SIMPLE, pad_edge=False)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 
 if TYPE_CHECKING:
     from megatron_flashrecovery.core.ids import Epoch
@@ -21,7 +21,9 @@ PURPOSE = "tell what happened in a run, and rebuild the controller's state from 
 
 
 def add_arguments(parser: Arguments) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the --log-dir of a run, also of a running one")
+    parser.add_argument(
+        "directory", type=directory_of_records, metavar="DIR", help="the --log-dir of a run, also of a running one"
+    )
     parser.add_flag("--quiet", action="store_true", help="the result only")
 
 

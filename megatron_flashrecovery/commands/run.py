@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.runtime.injection import help_of_spec
 
@@ -49,14 +49,14 @@ UNSUPPORTED = {
 
 def add_arguments(parser: Arguments) -> None:
     add = parser.add_flag
-    add("--nnodes", default="1", metavar="N", help="number of nodes")
-    add("--nproc-per-node", default="1", metavar="N", help="ranks per node: a number, gpu, cpu or auto")
-    add("--node-rank", type=int, default=None, metavar="N", help="number of this node, from 0 on")
-    add("--master-addr", default=None, metavar="HOST", help="address of node 0")
-    add("--master-port", type=int, default=None, metavar="PORT", help="a free port of node 0")
+    add("--nnodes", default="1", metavar="N", help="number of nodes (1)")
+    add("--nproc-per-node", default="1", metavar="N", help="ranks per node: a number, gpu, cpu or auto (1)")
+    add("--node-rank", type=int, default=None, metavar="N", help="number of this node, from 0 on (0 of one node)")
+    add("--master-addr", default=None, metavar="HOST", help="address of node 0 (127.0.0.1)")
+    add("--master-port", type=int, default=None, metavar="PORT", help="a free port of node 0 (any, for one node)")
     add("--rdzv-backend", default="static", choices=("static", "c10d"), help="accepted for torchrun's sake")
     add("--rdzv-endpoint", default=None, metavar="HOST:PORT", help="the same as --master-addr and --master-port")
-    add("--rdzv-id", default="none", metavar="ID", help="name of the job")
+    add("--rdzv-id", default="none", metavar="ID", help="name of the job (none)")
     add("--standalone", action="store_true", help="one node, any free port: the default")
     add("--max-restarts", type=int, default=3, metavar="N", help="how often all workers may be started again (3)")
     add("--monitor-interval", type=float, default=None, help="accepted for torchrun's sake: agents need no interval")
@@ -64,12 +64,12 @@ def add_arguments(parser: Arguments) -> None:
     add("-m", "--module", action="store_true", help="SCRIPT is the name of a module")
     add(
         "--log-dir",
-        type=Path,
+        type=directory_of_records,
         default=None,
         metavar="DIR",
         help="records and output of the workers (flashrecovery-logs/TIME-PID)",
     )
-    add("--spares-per-node", type=int, default=0, metavar="K", help="workers that wait, imports done, for a seat")
+    add("--spares-per-node", type=int, default=0, metavar="K", help="workers that wait, imports done, for a seat (0)")
     add("--no-preload", action="store_true", help="start every worker cold, without the imports done beforehand")
     add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help=_SHUTDOWN)
     add("--inject", action="append", default=[], metavar="SPEC", help=help_of_spec())
@@ -91,11 +91,11 @@ def add_arguments(parser: Arguments) -> None:
 _SHUTDOWN = "how long workers have to end by themselves after SIGTERM (30)"
 _SLOW = "whoever computes so many times as long as its peers is said to be slow (1.5; 0: nobody)"
 _DEADLINES = {
-    "heartbeat-interval": "how often an agent tells the controller that its node lives",
-    "heartbeat-timeout": "after how long a silent node is lost",
-    "drain-timeout": "how long survivors have to stop, those that are busy with what usually takes longer left aside",
-    "join-timeout": "how long a worker has to get ready",
-    "execute-timeout": "how long the ranks have to execute a plan",
+    "heartbeat-interval": "how often an agent tells the controller that its node lives (0.4)",
+    "heartbeat-timeout": "after how long a silent node is lost (2)",
+    "drain-timeout": "how long survivors have to stop, those that are busy with what usually takes longer aside (30)",
+    "join-timeout": "how long a worker has to get ready (300)",
+    "execute-timeout": "how long the ranks have to execute a plan (60)",
     "hang-timeout": "after how long something hangs that was never timed, a first step for instance (600; 0: never)",
 }
 
@@ -108,7 +108,7 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     check_script(config.script, config.module)
     if config.node_rank == 0:
         log_dir.claim(config.log_dir, arguments.overwrite)
-    print(f"flashrecovery: starting {config.script}", file=sys.stderr, flush=True)
+    print(f"flashrecovery: starting {config.script}; loading torch takes some seconds", file=sys.stderr, flush=True)
     _warn_of_untested_torch()
     from megatron_flashrecovery.runtime import launch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.runtime import journal, summary
+from megatron_flashrecovery.runtime.status import status_of
 
 if TYPE_CHECKING:
     from megatron_flashrecovery.runtime.journal import Line
@@ -54,8 +55,14 @@ class RunFollower:
             if (text := notable(line)) is not None:
                 self._tell_line(text)
         if time.monotonic() - self._spoke > _SILENCE:
-            what = "starting workers and building the model" if not self._steps else "waiting"
-            self._tell_line(f"... {what}")
+            self._tell_line(f"... {self._awaited()}")
+
+    def _awaited(self) -> str:
+        if not self._steps:
+            return "starting workers and building the model"
+        if (whom := status_of(self._log_dir).waiting_for) is not None:
+            return f"waiting for {whom}"
+        return f"step {self._steps + 1} is being computed, or the run ends"
 
     def _new_steps(self) -> tuple[StepLine, ...]:
         if not (self._log_dir / summary.STEPS_NAME).exists():

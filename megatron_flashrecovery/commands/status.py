@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 
 if TYPE_CHECKING:
     from megatron_flashrecovery.runtime.status import Status
@@ -17,7 +16,9 @@ PURPOSE = "tell where a run is: its phase, epoch and step, whom it waits for, an
 
 
 def add_arguments(parser: Arguments) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="the --log-dir of a run, also of a running one")
+    parser.add_argument(
+        "directory", type=directory_of_records, metavar="DIR", help="the --log-dir of a run, also of a running one"
+    )
     parser.add_flag("--json", action="store_true", help="one line for programs")
 
 

@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_flashrecovery.commands.arguments import Arguments
+from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
 
 PURPOSE = "compare the losses, gradient norms and final state of two runs, bit for bit"
 
 
 def add_arguments(parser: Arguments) -> None:
-    parser.add_argument("dir_a", type=Path, metavar="DIR_A")
-    parser.add_argument("dir_b", type=Path, metavar="DIR_B")
+    parser.add_argument("dir_a", type=directory_of_records, metavar="DIR_A")
+    parser.add_argument("dir_b", type=directory_of_records, metavar="DIR_B")
 
 
 def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> int:

@@ -6,6 +6,7 @@ explained by a loss that follows within a moment; one that is not is a fault of 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from megatron_flashrecovery.core.job import Job
@@ -16,6 +17,8 @@ from megatron_flashrecovery.core.response import plan_anew
 from megatron_flashrecovery.core.staffing import fall_back, open_epoch, restart
 
 _SHOWN = 4
+_PLACE = re.compile(r"\[[^\]\s]+\.\w+:\d+\] ")
+"""In the source of a library, as gloo says it."""
 
 
 def note_failures(job: Job, event: OperationsFailed, now: float) -> list[Command]:
@@ -31,7 +34,7 @@ def check_failures(job: Job, now: float) -> list[Command]:
     breaks = job.breaks
     if breaks.due is None or now < breaks.due:
         return []
-    shown = "; ".join(f"rank {rank}: {what}" for rank, what in sorted(breaks.failed.items())[:_SHOWN])
+    shown = "; ".join(f"rank {rank}: {_shown(what)}" for rank, what in sorted(breaks.failed.items())[:_SHOWN])
     why = f"communication failed in step {breaks.step}, and no rank was lost: {shown}"
     if isinstance(job.phase, Executing):
         return plan_anew(job, why, now)
@@ -44,3 +47,8 @@ def check_failures(job: Job, now: float) -> list[Command]:
             return fall_back(job, f"{why}; {rule.when}", now)
         case _:
             return open_epoch(job, {}, why, now)
+
+
+def _shown(what: str) -> str:
+    """The first sentence: the journal has all of it in the event."""
+    return _PLACE.sub("", what).partition(". ")[0]

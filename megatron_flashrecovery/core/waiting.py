@@ -15,25 +15,28 @@ _SHOWN = 8
 def whom_for(job: Job) -> str | None:
     """``None`` while the job trains, or is over."""
     ranks = job.seats.node_of
+    world = len(job.seats)
     match job.phase:
         case Starting(ready=ready):
-            return _of([rank for rank in ranks if rank not in ready], "to come to the first step")
+            return _of([rank for rank in ranks if rank not in ready], world, "to come to the first step")
         case Draining(silent=silent) as phase if silent:
             late = late_ranks(job, phase)
-            return _of(late, "to stop at the next operation")
+            return _of(late, world, "to stop at the next operation")
         case Draining() as phase if phase.waiting is not None:
-            return _of(phase.waiting.ranks, "to be freed") or "operations under way to complete"
+            return _of(phase.waiting.ranks, world, "to be freed") or "operations under way to complete"
         case Draining(joining=joining) | Staffing(joining=joining):
-            return _of(joining, "to build its model again")
+            return _of(joining, world, "to build its model again")
         case Executing(executed=executed):
-            return _of([rank for rank in ranks if rank not in executed], "to carry out the plan")
+            return _of([rank for rank in ranks if rank not in executed], world, "to carry out the plan")
         case _:
             return None
 
 
-def _of(ranks: Iterable[Rank], what: str) -> str | None:
+def _of(ranks: Iterable[Rank], world: int, what: str) -> str | None:
     names = [str(rank) for rank in sorted(ranks)]
     if not names:
         return None
+    if len(names) == world > 1:
+        return f"all {world} ranks {what}"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"rank {', '.join(names[:_SHOWN])}{more} {what}"

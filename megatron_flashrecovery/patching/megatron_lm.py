@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.patching.insertions import FilePatch, Insertion, make, parse, read, states
-from megatron_flashrecovery.patching.seams import Moved, Seam, compare, read_seam
+from megatron_flashrecovery.patching.seams import Moved, Seam, compare, parsed, read_seam
 
 _ARGUMENTS = "megatron/training/arguments.py"
 _TRAINING = "megatron/training/training.py"
@@ -117,12 +117,13 @@ def known_versions() -> list[Known]:
 
 
 class Checkout:
-    """Raises ``ConfigError`` if there is no Megatron-LM at ``root``."""
+    """Raises ``ConfigError`` if there is no Megatron-LM at ``root``, or a file of it is no Python."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        if not (root / _ARGUMENTS).is_file() or not (root / _PACKAGE).is_file():
-            raise ConfigError(f"{root} is no checkout of Megatron-LM: it has no {_ARGUMENTS}")
+        for file in (_ARGUMENTS, _TRAINING, _PACKAGE):
+            if not (root / file).is_file():
+                raise ConfigError(f"{root} is no checkout of Megatron-LM: it has no {file}")
         self.version = _version(root / _PACKAGE)
 
     def matches(self) -> Known | None:
@@ -153,7 +154,7 @@ class Checkout:
 
     def missing_names(self) -> list[str]:
         """Names that our hooks replace in the module of the loop, and that are not bound there."""
-        bound = _bound_names(ast.parse(read(self.root / _TRAINING)))
+        bound = _bound_names(parsed(self.root / _TRAINING))
         return [name for name in REPLACED if name not in bound]
 
     def apply(self) -> str:
@@ -221,7 +222,7 @@ def _age(tag: str) -> tuple[bool, list[int]]:
 
 def _version(package_info: Path) -> str:
     said: dict[str, object] = {}
-    for node in ast.parse(package_info.read_text()).body:
+    for node in parsed(package_info).body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=value)):
                 said[name] = value

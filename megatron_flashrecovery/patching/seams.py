@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_flashrecovery.core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Seam:
@@ -38,12 +40,20 @@ def read_seam(root: Path, file: str, name: str) -> Seam | None:
     path = root / file
     if not path.is_file():
         return None
-    source = path.read_text()
-    node = _find(ast.parse(source), name.split("."))
+    node = _find(parsed(path), name.split("."))
     if node is None:
         return None
+    source = path.read_text()
     text = textwrap.dedent("\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]))
     return Seam(file, name, tuple(_parameters(node)), hashlib.sha256(text.encode()).hexdigest())
+
+
+def parsed(path: Path) -> ast.Module:
+    """Raises ``ConfigError`` for what is no Python: a merge conflict, say."""
+    try:
+        return ast.parse(path.read_bytes(), str(path))
+    except SyntaxError as error:
+        raise ConfigError(f"{path} line {error.lineno} is no Python ({error.msg}): a merge conflict?") from None
 
 
 def compare(root: Path, known: Sequence[Seam]) -> Iterator[Moved]:

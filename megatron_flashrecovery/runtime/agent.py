@@ -266,6 +266,7 @@ class Agent:
                 self._say(worker, *grant(self._vault, rank, own, guests))
             case dialogue.Described():
                 self._described[rank] = message
+                self.injections.note_under_recovery(rank)
                 self._devices.note_device(rank, message.device)
                 told.append(node_messages.BillNoted(rank, message.host, message.unique_nbytes, message.warning))
                 if self._described.keys() == set(self.ranks) and worker.seat is not None and not worker.seat.joining:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from megatron_flashrecovery.core import messages as core
-from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, Rank, Step
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.numbers import BadStep
 from megatron_flashrecovery.core.phases import Executing
@@ -135,9 +135,10 @@ class Chronicle:
             self._say(f"rank {rank} {said}")
         self._slow = frozenset(slow)
 
-    def remind(self, job: Job, now: float) -> None:
-        """Called again and again: silence of more than two seconds needs an explanation."""
-        whom = whom_for(job)
+    def remind(self, job: Job, now: float, absent: Sequence[NodeId] = ()) -> None:
+        """Called again and again: silence of more than two seconds needs an explanation. ``absent`` nodes have not
+        joined yet."""
+        whom = f"{', '.join(absent[:8])} to do the script's imports, and join" if absent else whom_for(job)
         if whom is None:
             self._waiting = None
             return

@@ -83,7 +83,8 @@ class Controller:
         self._looked = time.monotonic()
         while not self._over.is_set():
             self._apply(core.ClockTicked())
-            self._chronicle.remind(self._job, time.monotonic())
+            absent = sorted(node for node in self._job.seats.ranks_on if node not in self._known)
+            self._chronicle.remind(self._job, time.monotonic(), absent)
             self._check_silence()
             self._look_for_requests()
             self._look_for_who_is_to_blame()
@@ -202,16 +203,22 @@ class Controller:
         for request in () if self._spool is None else self._spool.requests():
             try:
                 injection = Injection.parse(request.spec, is_live=True)
+                injection.refuse_outside(self._config.world_size, self._config.nproc_per_node)
                 node = self._job.seats.node_of.get(injection.rank)
                 newest = self._chronicle.last_step
                 if node not in self._outbox:
-                    raise ConfigError(f"--inject {injection}: there is no rank {injection.rank} to be reached")
+                    raise ConfigError(f"--inject {injection}: rank {injection.rank} {self._why_not_reached(node)}")
                 if injection.step is not None and injection.step <= newest:
                     raise ConfigError(f"--inject {injection}: step {newest} is completed already: name a later one")
             except ConfigError as error:
                 self._spool.answer(request.name, str(error))  # type: ignore[union-attr]
             else:
                 self._outbox[node].put_nowait(node_messages.Inject(request.name, request.spec))
+
+    def _why_not_reached(self, node: NodeId | None) -> str:
+        if node is None or node in self._known:
+            return "is not to be reached: its node is lost"
+        return f"is still starting: ask again when {node} has done the script's imports"
 
     def _look_for_who_is_to_blame(self) -> None:
         if self._diagnostician is not None:

@@ -119,7 +119,9 @@ KINDS: Mapping[Fault, Kind] = {
     ),
     Fault.HANG_COLLECTIVE: Kind("enters a barrier of all ranks that nobody else enters", main_thread_only=True),
     Fault.DROP_HEARTBEATS: Kind(
-        "the agent of its node sends no heartbeats", (Option("seconds", "5", _number_from(0.0), "5"),), is_survived=True
+        "the agent of its node, which is not node 0, sends no heartbeats",
+        (Option("seconds", "5", _number_from(0.0), "5"),),
+        is_survived=True,
     ),
     Fault.DEVICE: Kind(
         "accesses memory of its device that does not exist, after which the device context is lost",
@@ -134,7 +136,13 @@ KINDS: Mapping[Fault, Kind] = {
     Fault.SPIKE: Kind(
         "has values of its own that are far too large", (_OF_ITS_STEP,), is_survived=True, main_thread_only=True
     ),
-    Fault.BITFLIP: Kind("flips one bit of a parameter", (_OF_ITS_STEP,), is_survived=True, main_thread_only=True),
+    Fault.BITFLIP: Kind(
+        "flips one bit of an activation, of a gradient, or (at=between) of a parameter, which the distributed optimizer"
+        " overwrites in its next gather, mostly before peers compare it",
+        (_OF_ITS_STEP,),
+        is_survived=True,
+        main_thread_only=True,
+    ),
     Fault.NETWORK: Kind("shuts one connection to a rank that lives", is_survived=True, main_thread_only=True),
     Fault.AGENT: Kind("the agent of its node is killed, and its workers with it; on node 0 that is the whole job"),
 }
@@ -190,6 +198,20 @@ class Injection:
             fault=fault,
             options=_options(spec, fault, {**implied, **given}),
         )
+
+    def refuse_outside(self, world_size: int, ranks_per_node: int) -> None:
+        """Raises ``ConfigError`` if nothing would follow from it in a job of this shape."""
+        if self.rank >= world_size:
+            raise _wrong(
+                str(self),
+                f"there is no rank {self.rank} in a job of {world_size}: give a rank from 0 to {world_size - 1}",
+            )
+        if self.fault is Fault.DROP_HEARTBEATS and self.rank < ranks_per_node:
+            raise _wrong(
+                str(self),
+                "node 0 is one process with the controller, which needs no heartbeats of it, so nothing would follow: "
+                + (f"name a rank from {ranks_per_node} on" if world_size > ranks_per_node else "use two nodes"),
+            )
 
     def __str__(self) -> str:
         step = "" if self.step is None else f",step={self.step}"

@@ -22,6 +22,7 @@ class Injections:
         self._asked_for = list(asked_for)
         self._ranks = frozenset(ranks)
         self._fired: set[int] = set()
+        self._under_recovery: set[Rank] = set()
         self._mute_until = 0.0
 
     def accept(self, spec: str) -> tuple[Rank, InjectionOrder] | str:
@@ -43,12 +44,22 @@ class Injections:
             if injection.rank == rank and (is_always(injection.options) or index not in self._fired)
         )
 
-    def never_happened(self) -> list[Injection]:
+    def note_under_recovery(self, rank: Rank) -> None:
+        """Its script has asked for recovery, and so marks the moments of its steps."""
+        self._under_recovery.add(rank)
+
+    def never_happened(self) -> list[str]:
+        """Each with the reason, for people."""
         return [
-            injection
+            f"{injection} never happened: {self._why_never(injection.rank)}"
             for index, injection in enumerate(self._asked_for)
             if injection.rank in self._ranks and index not in self._fired
         ]
+
+    def _why_never(self, rank: Rank) -> str:
+        if rank in self._under_recovery:
+            return "the job did not come there"
+        return "the script never asked for recovery (is --enable-flash-recovery among its flags?), and marks no moments"
 
     def note_fired(self, fired: InjectionFired) -> tuple[list[InjectionNoted], bool]:
         """Said by the worker, perhaps more than once; the agent's part is done now. For the record, and whether the

@@ -108,8 +108,8 @@ def _serve(
         control.close()
         vault.close()
     if not dismissal.failure:
-        for injection in agent.injections.never_happened():
-            print(f"flashrecovery: WARNING: {injection} never happened: the job did not come there", file=sys.stderr)
+        for never in agent.injections.never_happened():
+            print(f"flashrecovery: WARNING: {never}", file=sys.stderr)
     if dismissal.failure:
         print(f"flashrecovery: the job stops: {dismissal.failure}", file=sys.stderr, flush=True)
     return dismissal.exit_code if told.first is None else 128 + told.first

@@ -103,11 +103,7 @@ class LaunchConfig:
         if self.topology is not None and not self.topology.is_file():
             raise ConfigError(f"--topology {self.topology} does not exist: see docs/diagnose.md, or leave it out")
         for injection in self.injections:
-            if injection.rank >= self.world_size:
-                raise ConfigError(
-                    f"--inject {injection}: there is no rank {injection.rank} in a job of {self.world_size}: "
-                    f"give a rank from 0 to {self.world_size - 1}"
-                )
+            injection.refuse_outside(self.world_size, self.nproc_per_node)
 
     @property
     def world_size(self) -> int:

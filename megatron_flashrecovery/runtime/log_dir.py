@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
@@ -13,7 +14,7 @@ _RECORDS = (journal.FILE_NAME, summary.STEPS_NAME, summary.SUMMARY_NAME)
 
 def claim(directory: Path, overwrite: bool) -> None:
     """Make the directory; with ``overwrite`` records and logs of an earlier run are deleted, and nothing else is."""
-    found = [directory / name for name in _RECORDS if (directory / name).exists()]
+    found = [directory / name for name in _RECORDS if os.path.exists(directory / name)]
     if found and not overwrite:
         raise ConfigError(f"{found[0]} exists: --log-dir has the records of a run, name another one or add --overwrite")
     try:

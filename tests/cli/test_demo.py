@@ -13,7 +13,14 @@ from rich.console import Console
 from megatron_flashrecovery.cli import main
 from megatron_flashrecovery.commands.demo_report import compare
 from megatron_flashrecovery.commands.run_follower import RunFollower
+from megatron_flashrecovery.core.coordinator import handle
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.job import Job
+from megatron_flashrecovery.core.seats import Seats
+from megatron_flashrecovery.runtime.chronicle import Chronicle
+from megatron_flashrecovery.runtime.dialogue import StepDone
+from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.node_messages import StepNoted
 from megatron_flashrecovery.runtime.summary import (
     GroupTally,
     PhaseSeconds,
@@ -23,6 +30,7 @@ from megatron_flashrecovery.runtime.summary import (
     Summary,
     write_summary,
 )
+from tests.core.jobs import CONFIG, SEATS, A, B, described, lost, ready, report, stood
 
 LINES = [StepLine.of(Step(step), 2.0 / step, 0.5, Epoch(0), 0.1) for step in (1, 2)]
 RECOVERY = RecoveryRecord(
@@ -62,6 +70,7 @@ def test_equal_runs_are_shown_with_the_phases_of_the_recovery(tmp_path, capsys):
     for phase in ("detect", "park", "replace", "rebuild", "restore", "first step", "total"):
         assert phase in said
     assert "rank 1: mirror at rank 0" in said
+    assert "resumed at step 1: the step under way was begun again, 1 completed step computed again" in said
     assert "NO" not in said
 
 
@@ -118,6 +127,19 @@ def test_a_silent_run_is_not_silent_for_two_seconds(tmp_path):
     assert code == -1
     assert "... starting workers" in said
     assert "no end after" in said
+
+
+def test_silence_in_mid_run_is_told_with_what_is_waited_for(tmp_path):
+    job = Job(CONFIG, Seats(SEATS))
+    chronicle = Chronicle(LaunchConfig(script="train.py", nproc_per_node=4, log_dir=tmp_path))
+    chronicle.begin(job, 0.0)
+    events = [described(A), described(B), ready(A, 0, 1), ready(B, 2, 3), lost(B, 3), stood(report(0), report(1))]
+    for now, event in enumerate(events):
+        chronicle.record(event, handle(job, event, float(now)), job, float(now))
+    chronicle.note(StepNoted(StepDone(step=5, loss=2.5, grad_norm=1.0, skipped=False, epoch=0, seconds=0.25)))
+    _, said = follow("import sys; sys.stdin.read()", tmp_path, limit=2.5)
+    chronicle.close("the test is over")
+    assert "... waiting for rank 2 to stop at the next operation" in said
 
 
 def test_a_wrong_fault_is_refused_before_the_first_run(tmp_path, capsys):

@@ -88,6 +88,14 @@ def test_one_that_has_fired_is_not_told_to_the_replacement():
     assert asked.never_happened() == [], "rank 9 is of another node"
 
 
+def test_one_that_never_happened_is_told_with_the_reason():
+    asked = Injections([Injection.parse("kill:rank=0,step=99,at=forward")], [0])
+    (never,) = asked.never_happened()
+    assert "step=99,at=forward never happened: the script never asked for recovery" in never
+    asked.note_under_recovery(0)
+    assert asked.never_happened() == ["kill:rank=0,step=99,at=forward never happened: the job did not come there"]
+
+
 def test_memory_is_not_taken_where_no_limit_stops_it(monkeypatch):
     monkeypatch.setattr(injections, "why_no_limit", lambda: "there is no memory limit: set one")
     said = Injections([], [0]).accept("oom:rank=0")

@@ -108,6 +108,17 @@ def test_a_wrong_injection_is_named(spec, says):
             "no rank 4 in a job of 4",
             id="injected-rank",
         ),
+        pytest.param(
+            {"nproc_per_node": 4, "injections": (Injection(3, 1, None, Fault.DROP_HEARTBEATS),)},
+            "needs no heartbeats of it, so nothing would follow: use two nodes",
+            id="heartbeats-of-one-node",
+        ),
+        pytest.param(
+            {"nnodes": 2, "nproc_per_node": 2, "master_port": 1, "token": "x"}
+            | {"injections": (Injection(1, 1, None, Fault.DROP_HEARTBEATS),)},
+            "so nothing would follow: name a rank from 2 on",
+            id="heartbeats-of-node-0",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_refused_when_it_is_built(settings, says):

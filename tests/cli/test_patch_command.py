@@ -44,8 +44,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (root / path).write_text(text)
     seams = [seam(root, *place) for place in (("megatron/training/training.py", "train_step"),)]
     known = Known("core_v0.99.1", make_patch(root), tuple(seams))
-    monkeypatch.setattr(megatron_lm, "known_versions", lambda: [known])
-    monkeypatch.setattr("megatron_flashrecovery.commands.patch.known_versions", lambda: [known])
+    versions = [known]
+    monkeypatch.setattr(megatron_lm, "known_versions", lambda: versions)
+    monkeypatch.setattr("megatron_flashrecovery.commands.patch.known_versions", lambda: versions)
     return root
 
 
@@ -90,19 +91,19 @@ def test_a_tree_that_somebody_has_changed_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize(
-    ("now", "difference", "breaks"),
+    ("now", "difference"),
     [
-        (TRAINING.replace("return 1", "return 2"), "train_step has another body", False),
-        (TRAINING.replace(", data_iterator)", ", data_iterator, iteration)"), "also takes iteration", False),
-        (TRAINING.replace(", data_iterator)", ")"), "no longer takes data_iterator", True),
-        (TRAINING.replace("train_step", "take_step"), "train_step is gone", True),
+        (TRAINING.replace("return 1", "return 2"), "train_step has another body\n"),
+        (TRAINING.replace(", data_iterator)", ", data_iterator, iteration)"), "also takes iteration\n"),
+        (TRAINING.replace(", data_iterator)", ")"), "no longer takes data_iterator: recovery will not work"),
+        (TRAINING.replace("train_step", "take_step"), "train_step is gone: recovery will not work"),
     ],
 )
 def test_check_names_what_upstream_has_moved(
-    checkout: Path, capsys: pytest.CaptureFixture[str], now: str, difference: str, breaks: bool
+    checkout: Path, capsys: pytest.CaptureFixture[str], now: str, difference: str
 ) -> None:
     (checkout / "megatron/training/training.py").write_text(now)
-    assert main(["patch", "check", str(checkout)]) == int(breaks)
+    assert main(["patch", "check", str(checkout)]) == 1
     assert difference in capsys.readouterr().out
 
 
@@ -135,6 +136,23 @@ def test_line_ends_and_links_stay_as_they_are(checkout: Path, tmp_path: Path) ->
     before = real.read_bytes()
     assert main(["patch", "apply", str(checkout)]) == 2
     assert real.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "file", ["megatron/training/arguments.py", "megatron/training/training.py", "megatron/core/package_info.py"]
+)
+def test_a_file_that_is_missing_or_no_python_is_named(
+    checkout: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    known = megatron_lm.known_versions()[0]
+    seams = (*known.seams, Seam("megatron/training/arguments.py", "validate_args", ("args", "defaults"), ""))
+    megatron_lm.known_versions()[0] = Known(known.tag, known.patch, seams)
+    (checkout / file).write_text("a = 1\n<<<<<<< HEAD\n")
+    assert main(["patch", "check", str(checkout)]) == 2
+    assert f"{file} line 2 is no Python (invalid syntax): a merge conflict?" in capsys.readouterr().err
+    (checkout / file).unlink()
+    assert main(["patch", "check", str(checkout)]) == 2
+    assert f"is no checkout of Megatron-LM: it has no {file}" in capsys.readouterr().err
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

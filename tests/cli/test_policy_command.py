@@ -35,4 +35,13 @@ def test_one_fault_is_explained_by_any_of_its_names(name, capsys):
 def test_an_unknown_fault_is_refused_with_those_that_there_are(capsys):
     assert cli.main(["policy", "gremlins"], {}) == 2
     said = capsys.readouterr().err
-    assert "there is no fault 'gremlins' in the table: it has process_ended exception" in said
+    assert "there is no fault 'gremlins' in the table: it has process ended, exception, " in said
+    assert all(fault.value in said for fault in Fault)
+
+
+@pytest.mark.parametrize(
+    ("name", "close"), [("hangs", "hang"), ("bad_nubers", "bad numbers"), ("crow", "hang of many")]
+)
+def test_a_slip_of_the_pen_is_answered_with_what_was_meant(name, close, capsys):
+    assert cli.main(["policy", name], {}) == 2
+    assert f"did you mean {close!r}? it has" in capsys.readouterr().err

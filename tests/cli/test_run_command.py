@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -136,9 +137,20 @@ def test_overwrite_deletes_the_records_and_logs_and_nothing_else(log_dir):
 
 
 def test_a_log_dir_that_cannot_be_made_is_named(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert cli.main(["run", "--log-dir", str(tmp_path / "file" / "dir"), __file__], {}) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    name = "long" * 100
+    assert cli.main(["run", "--log-dir", str(tmp_path / name), __file__], {}) == 2
+    assert f"{name} cannot be written: File name too long" in capsys.readouterr().err
+
+
+def test_help_tells_every_default():
+    config = run.launch_config(parser().parse_args(["train.py"]), {})
+    shown = {action.dest: action.help for action in parser()._actions if action.metavar and action.dest != "script"}
+    default_of = {field.name: getattr(config.deadlines, field.name) for field in fields(config.deadlines)}
+    assert default_of.keys() <= shown.keys()
+    for name in ("nnodes", "nproc_per_node", "max_restarts", "spares_per_node", "shutdown_timeout", "slow_factor"):
+        default_of[name] = getattr(config, name)
+    for name, default in default_of.items():
+        assert f"({default:g}" in shown[name], name
 
 
 def test_only_a_run_imports_torch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 
@@ -75,6 +76,19 @@ def test_a_start_names_who_has_not_come(run, capsys):
     assert code == 0
     assert said.splitlines()[0].startswith("starting for 0.")
     assert "waiting for rank 1, 2, 3 to come to the first step" in said
+
+
+def test_whoever_starts_a_job_is_told_what_it_waits_for(tmp_path):
+    job, out = Job(CONFIG, Seats(SEATS)), StringIO()
+    chronicle = Chronicle(LaunchConfig(script="train.py", nproc_per_node=4, log_dir=tmp_path), out)
+    for now in (0.0, 60.0):
+        chronicle.remind(job, now, [A])
+    chronicle.remind(job, 120.0)
+    chronicle.close("the test is over")
+    assert out.getvalue().splitlines()[:2] == [
+        f"flashrecovery: epoch 0: waiting for {A} to do the script's imports, and join",
+        "flashrecovery: epoch 0: waiting for all 4 ranks to come to the first step",
+    ]
 
 
 def test_training_tells_the_step_and_the_checkpoint(run, capsys):

@@ -108,8 +108,9 @@ def test_a_controller_that_goes_away_is_a_lost_link() -> None:
     assert (ending.heard, ending.error) == (Note("here"), "LinkLost")
 
 
-def test_a_taken_port_is_named_with_the_remedy() -> None:
+def test_a_taken_port_is_named_with_the_remedy_and_nothing_else_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = in_a_fresh_process(start_on, port)
     assert said == f"ConfigError: port {port} is taken on 127.0.0.1: give another --master-port, or 0 for a free one"
+    assert capfd.readouterr().err == ""

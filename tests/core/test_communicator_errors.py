@@ -32,6 +32,15 @@ def test_what_no_loss_explains_sends_everybody_back_within_a_second():
     ]
 
 
+def test_people_are_told_the_first_sentence_of_what_a_library_says():
+    job, place = training_job(), "[/pytorch/gloo/transport/tcp/pair.cc:553]"
+    said = f"allreduce of world failed: {place} Connection closed by peer [127.0.0.1]:5. Check the logs. GLHF!"
+    play(job, OperationsFailed(A, Epoch(0), {Rank(0): said}, Step(7)), now=10.0)
+    play(job, ClockTicked(), now=10.5)
+    (cause,) = job.timeline.causes
+    assert cause.endswith("rank 0: allreduce of world failed: Connection closed by peer [127.0.0.1]:5")
+
+
 def test_a_loss_explains_what_failed_just_before():
     job = training_job()
     play(job, failed(0), now=10.0)

@@ -25,6 +25,10 @@ def test_at_the_start_for_whoever_is_not_ready() -> None:
     assert whom_for(job) == "rank 0 to come to the first step"
 
 
+def test_everybody_is_said_in_one_word() -> None:
+    assert whom_for(Job.start(JobConfig(), {NODE: RANKS}, sharded=True)) == "all 4 ranks to come to the first step"
+
+
 def test_in_training_for_nobody() -> None:
     assert whom_for(job_in_training()) is None
 

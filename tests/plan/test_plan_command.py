@@ -12,6 +12,8 @@ from megatron_flashrecovery.runtime.node_messages import BillNoted
 
 DEMO = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--use-distributed-optimizer"]
 
+EXPERTS = ["--nproc-per-node", "8", "--params", "1B", "--expert-model-parallel-size", "4"]
+
 
 def plan(*flags):
     return main(["plan", *flags], {})
@@ -32,6 +34,14 @@ def test_a_large_job_fits_on_a_screen(capsys):
     said = capsys.readouterr().out
     assert len(said.splitlines()) < 40
     assert "any one node: yes" in said
+
+
+@pytest.mark.parametrize("optimizer", [[], ["--use-distributed-optimizer"]], ids=["plain", "distributed"])
+def test_a_job_without_data_parallel_peers_is_said_to_mirror_everything(optimizer, capsys):
+    flags = ["--nnodes", "4", "--nproc-per-node", "8", "--tensor-model-parallel-size", "32", "--params", "7B"]
+    assert plan(*flags, *optimizer) == 0
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith("no rank has a data-parallel peer: every rank's whole state is mirrored")
 
 
 def test_a_running_job_is_read_from_its_journal(tmp_path, capsys):
@@ -63,6 +73,8 @@ def test_a_running_job_is_read_from_its_journal(tmp_path, capsys):
             "does not divide 8 peers",
             id="instances",
         ),
+        pytest.param([*EXPERTS, "--num-experts", "6", "--use-distributed-optimizer"], "6 is no multiple", id="experts"),
+        pytest.param([*EXPERTS, "--num-experts", "8"], "needs --use-distributed-optimizer", id="experts-replicated"),
         pytest.param(["--worldsize", "8"], "did you mean --world-size?", id="unknown-flag"),
         pytest.param(["nowhere"], "does not exist", id="no-such-directory"),
     ],

@@ -16,6 +16,7 @@ from megatron_flashrecovery.runtime import controller as module
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.controller import Controller
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.spool import Request
 
 FIRST, SECOND = NodeId("node0"), NodeId("node1")
 
@@ -38,12 +39,13 @@ def controller_of(tmp_path: Path) -> Controller:
     """Of two nodes that have attached."""
     config = LaunchConfig(script="x", nnodes=2, master_port=1, token="secret", log_dir=tmp_path)
     job = Job.start(JobConfig(replaces_nodes=False), {FIRST: (Rank(0),), SECOND: (Rank(1),)}, sharded=True)
-    records: Any = SimpleNamespace(record=lambda *_: None, close=lambda *_: None)
+    records: Any = SimpleNamespace(last_step=0, record=lambda *_: None, close=lambda *_: None)
     controller = Controller(config, job, ("", 0), records)
     for node in (FIRST, SECOND):
         controller._outbox[node] = asyncio.Queue()
         controller._last_heard[node] = 100.0
     controller._looked = 100.0
+    controller._known |= {FIRST, SECOND}
     return controller
 
 
@@ -72,3 +74,39 @@ def test_a_node_that_is_lost_behind_the_last_step_is_not_waited_for(tmp_path: Pa
     assert controller._over.is_set()
     (dismissal,) = [controller._outbox[FIRST].get_nowait()]
     assert "node1 was lost behind the last step" in dismissal.failure
+
+
+class OneRequest:
+    """A spool that holds one, and the answers to it."""
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+        self.answers: list[str] = []
+
+    def requests(self) -> list[Request]:
+        return [Request("a", self._spec)]
+
+    def answer(self, _name: str, refusal: str) -> None:
+        self.answers.append(refusal)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        pytest.param("kill:rank=1", "rank 1 is still starting: ask again when node1 has done", id="starting"),
+        pytest.param("kill:rank=99", "there is no rank 99 in a job of 2: give a rank from 0 to 1", id="no-such-rank"),
+        pytest.param("drop_heartbeats:rank=0", "so nothing would follow: name a rank from 1 on", id="pointless"),
+        pytest.param("kill:rank=0", "rank 0 is not to be reached: its node is lost", id="lost"),
+    ],
+)
+def test_a_request_for_a_rank_that_cannot_be_reached_is_answered_with_the_reason(
+    tmp_path: Path, spec: str, says: str
+) -> None:
+    controller = controller_of(tmp_path)
+    spool: Any = OneRequest(spec)
+    controller._spool = spool
+    controller._outbox.clear()
+    controller._known.remove(SECOND)
+    controller._look_for_requests()
+    (answer,) = spool.answers
+    assert says in answer

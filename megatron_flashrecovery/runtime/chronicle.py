@@ -26,6 +26,7 @@ from megatron_flashrecovery.runtime.oddities import Spikes, StepDiffered
 from megatron_flashrecovery.runtime.status import LauncherNoted
 from megatron_flashrecovery.runtime.summary import (
     STEPS_NAME,
+    EpochRecord,
     GroupTally,
     PhaseSeconds,
     RecoveryRecord,
@@ -65,6 +66,7 @@ class Chronicle:
         self._phase = ""
         self._current = _Measured()
         self._measured: dict[Epoch, _Measured] = {}
+        self._epochs: dict[Epoch, EpochRecord] = {}
         self._final: dict[Rank, str] = {}
         self._last_step = Step(0)
         self._warned: set[str] = set()
@@ -213,8 +215,17 @@ class Chronicle:
     def _write_summary(self, failure: str) -> None:
         records = tuple(_record(epoch, measured) for epoch, measured in sorted(self._measured.items()))
         final = {} if failure else dict(sorted(self._final.items()))
-        blamed = tuple(self._blamed.values())
-        summary = Summary(self._config.world_size, self._last_step, final, records, tuple(self._bad), blamed)
+        summary = Summary(
+            world_size=self._config.world_size,
+            steps=self._last_step,
+            state_sha256=final,
+            recoveries=records,
+            bad_numbers=tuple(self._bad),
+            blamed=tuple(self._blamed.values()),
+            outcome="stopped" if failure else "finished",
+            reason=failure,
+            epochs=tuple(self._epochs.values()),
+        )
         write_summary(self._config.log_dir, summary)
         self._journal.write("note", _Ended(failure), time=time.time(), epoch=self._epoch)
         self._journal.close()
@@ -242,9 +253,11 @@ class Chronicle:
         match command:
             case core.Park(epoch=epoch):
                 cause = job.timeline.causes[-1] if job.timeline else "a deadline was missed"
+                self._epochs[epoch] = EpochRecord(epoch, time.time(), cause, is_restart=False)
                 self._say(f"epoch {epoch}: {cause}; everybody else stops and waits")
             case core.RestartAll(epoch=epoch, reason=reason, from_checkpoint=from_checkpoint):
                 start = "from the newest checkpoint" if from_checkpoint else "from the top"
+                self._epochs[epoch] = EpochRecord(epoch, time.time(), reason, is_restart=True)
                 self._say(f"epoch {epoch}: {reason}; all workers start again, {start}")
                 self._current = _Measured()
             case core.Resume():

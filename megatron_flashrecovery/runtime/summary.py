@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -73,8 +74,23 @@ class RecoveryRecord:
 
 
 @dataclass(frozen=True)
+class EpochRecord:
+    """Why an epoch began, in the words of the console, also of one that the job never went on from. ``began``: Unix
+    time. ``is_restart``: all workers were started again."""
+
+    epoch: Epoch
+    began: float
+    cause: str
+    is_restart: bool
+
+
+@dataclass(frozen=True)
 class Summary:
-    """``state_sha256`` is empty for a run that did not reach its last step. ``blamed``: whoever diagnoses named."""
+    """``state_sha256`` is empty for a run that did not reach its last step. ``blamed``: whoever diagnoses named.
+
+    ``reason`` says why the job stopped, in the words of the console. ``unknown``: an older version wrote it, or a
+    script without recovery.
+    """
 
     world_size: int
     steps: int
@@ -82,6 +98,9 @@ class Summary:
     recoveries: tuple[RecoveryRecord, ...] = ()
     bad_numbers: tuple[BadStep, ...] = ()
     blamed: tuple[Blamed, ...] = ()
+    outcome: Literal["finished", "stopped", "unknown"] = "unknown"
+    reason: str = ""
+    epochs: tuple[EpochRecord, ...] = ()
 
 
 class StepLog:

@@ -10,6 +10,7 @@ from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
 from megatron_flashrecovery.core.messages import Blamed
 from megatron_flashrecovery.core.numbers import BadStep
 from megatron_flashrecovery.runtime.summary import (
+    EpochRecord,
     GroupTally,
     PhaseSeconds,
     RecoveryRecord,
@@ -29,7 +30,15 @@ RECOVERY = RecoveryRecord(
 BAD = BadStep(Step(7), "the norm is nan", 1, "did not come again", "the gradient of rank 5", Rank(5))
 BLAMED = Blamed("host n1", 0.002, "its ranks are slow", (NodeId("node1"),))
 SUMMARY = Summary(
-    world_size=8, steps=12, state_sha256={Rank(0): "ab"}, recoveries=(RECOVERY,), bad_numbers=(BAD,), blamed=(BLAMED,)
+    world_size=8,
+    steps=12,
+    state_sha256={Rank(0): "ab"},
+    recoveries=(RECOVERY,),
+    bad_numbers=(BAD,),
+    blamed=(BLAMED,),
+    outcome="stopped",
+    reason="no room",
+    epochs=(EpochRecord(Epoch(1), 17.5, "rank 5: killed by SIGKILL", is_restart=False),),
 )
 
 
@@ -76,8 +85,18 @@ def test_a_summary_has_the_fields_that_others_script_against(tmp_path):
         ],
         # New with diagnoses: whom they have named while the job went on.
         "blamed": [{"element": "host n1", "p": 0.002, "evidence": "its ranks are slow", "nodes": ["node1"]}],
+        # New with failed runs that say so: how it ended, why, and every epoch, also one that never went on.
+        "outcome": "stopped",
+        "reason": "no room",
+        "epochs": [{"epoch": 1, "began": 17.5, "cause": "rank 5: killed by SIGKILL", "is_restart": False}],
     }
     assert read_summary(tmp_path) == SUMMARY
+
+
+def test_a_summary_of_an_older_version_can_be_read(tmp_path):
+    older = {"world_size": 2, "steps": 3, "state_sha256": {}, "recoveries": []}
+    (tmp_path / "summary.json").write_text(json.dumps(older))
+    assert read_summary(tmp_path) == Summary(world_size=2, steps=3, state_sha256={}, outcome="unknown")
 
 
 def test_a_step_has_the_fields_that_others_script_against(tmp_path):

@@ -61,5 +61,6 @@ class Inquest:
 
     def _cause(self, end: WorkerEnded, words: LastWords) -> tuple[str, Fault]:
         if end.status == signal.SIGKILL and self._out_of_memory.has_struck():
-            return "killed by the out-of-memory killer" + in_words(words), Fault.OUT_OF_MEMORY
+            what = f"{end.cause}, for want of memory" if end.server_ended else "killed by the out-of-memory killer"
+            return what + in_words(words), Fault.OUT_OF_MEMORY
         return end.cause + in_words(words), words.fault

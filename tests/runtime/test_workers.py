@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_flashrecovery.core.errors import ConfigError
@@ -117,6 +118,48 @@ def test_a_spare_whose_agent_goes_away_ends_by_itself(workers: Workers) -> None:
 def test_a_worker_killed_before_its_pid_is_known_still_ends(workers: Workers) -> None:
     workers.kill(workers.start("w.log"))
     wait_for_end(workers)
+
+
+def test_the_loss_of_the_fork_server_is_named_and_another_one_takes_its_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    pool = Workers(str(script), tmp_path / "logs", {**os.environ, "OMP_NUM_THREADS": "1"}, preload=True)
+    pool.wait_for_server(30.0)
+    worker = pool.start("w.log")
+    server = psutil.Process(wait_for_pid(pool, worker)).ppid()
+    os.kill(server, signal.SIGKILL)
+    end = wait_for_end(pool)
+    assert end.worker is worker
+    assert end.cause == "ended together with the fork server of its node (killed by SIGKILL)"
+    assert pool.start("cold.log").process is not None
+    said = capfd.readouterr().err
+    assert f"the fork server (process {server}) is gone: killed by SIGKILL; workers that ended with it: 1; " in said
+    assert "replacements start cold until" in said
+    deadline = time.monotonic() + 30
+    while pool.cold_because:
+        assert time.monotonic() < deadline
+        assert not pool.poll()
+        time.sleep(0.005)
+    assert "another fork server is there" in capfd.readouterr().err
+    third = pool.start("third.log")
+    wait_for_pid(pool, third)
+    assert third.process is None
+    pool.close(grace=0.0)
+
+
+def test_a_fork_server_that_has_just_ended_costs_no_start(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    pool = Workers(str(script), tmp_path / "logs", {**os.environ, "OMP_NUM_THREADS": "1"}, preload=True)
+    pool.wait_for_server(30.0)
+    server = psutil.Process(wait_for_pid(pool, pool.start("w.log"))).ppid()
+    os.kill(server, signal.SIGKILL)
+    os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+    assert pool.start("cold.log").process is not None
+    assert "fork server" in wait_for_end(pool).cause
+    pool.close(grace=0.0)
 
 
 @pytest.mark.parametrize("bad", [False, True])

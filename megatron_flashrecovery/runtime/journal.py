@@ -10,6 +10,7 @@ reading leaves a torn last line out.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -82,10 +83,18 @@ class Journal:
         assert isinstance(body, dict), message
         assert not _RESERVED & body.keys(), message
         head = {"time": time, "now": now, "epoch": epoch, "kind": kind, "name": type(message).__name__}
-        os.write(self._fd, self._encoder.encode(head | body) + b"\n")
+        append_whole(self._fd, self._encoder.encode(head | body) + b"\n")
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def append_whole(fd: int, line: bytes) -> None:
+    """All of it or nothing: what a full disk took of it would become one bad line with the next one that fits."""
+    written = os.write(fd, line)
+    if written < len(line):
+        os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_END) - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_journal(path: Path, names: Collection[str] | None = None) -> Iterator[Line]:

@@ -75,7 +75,8 @@ class WorkerEnded:
         if os.WIFSIGNALED(self.status):
             number = os.WTERMSIG(self.status)
             return f"killed by {signal.Signals(number).name}"
-        return f"exit code {os.WEXITSTATUS(self.status)}, its last words: {self.last_words()}"
+        full = "" if has_room(self.worker.log) else f"; no space is left in {self.worker.log.parent}: make room there"
+        return f"exit code {os.WEXITSTATUS(self.status)}, its last words: {self.last_words()}{full}"
 
     def last_words(self) -> str:
         """The last line that the worker wrote, for a person; all of it is in its log."""
@@ -319,6 +320,14 @@ class Workers:
 
     def _log(self, name: str) -> IO[bytes]:
         return (self._log_dir / name).open("ab")
+
+
+def has_room(log: Path) -> bool:
+    """Whether a print of a rank can still reach its log; where none is left it raises, and ends most scripts."""
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(log.parent)
+        return disk.f_bavail > 0
+    return True
 
 
 def _end_group(pid: int, number: int) -> None:

@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -160,6 +162,18 @@ def test_a_fork_server_that_has_just_ended_costs_no_start(tmp_path: Path) -> Non
     assert pool.start("cold.log").process is not None
     assert "fork server" in wait_for_end(pool).cause
     pool.close(grace=0.0)
+
+
+@pytest.mark.parametrize(("free", "is_named"), [(0, True), (7, False)])
+def test_a_full_disk_under_the_logs_is_named_with_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_named: bool
+) -> None:
+    worker: Any = SimpleNamespace(log=tmp_path / "rank3.log")
+    worker.log.touch()
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_bavail=free))
+    cause = WorkerEnded(worker, 1 << 8).cause
+    assert cause.startswith("exit code 1, its last words: (nothing)")
+    assert (f"no space is left in {tmp_path}: make room there" in cause) is is_named
 
 
 @pytest.mark.parametrize("bad", [False, True])

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 NAME = ".reserve"
-NBYTES = 16384
+NBYTES = (65536, 16384)
+"""As much as there is room for: a summary grows with every recovery."""
 
 
 class Reserve:
@@ -19,11 +20,13 @@ class Reserve:
 
     def make(self) -> None:
         """Where there is no room for it the job goes on without it."""
-        try:
-            with self._path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, NBYTES)
-        except OSError:
-            self.give_up()
+        for nbytes in NBYTES:
+            try:
+                with self._path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
+                return
+            except OSError:
+                self.give_up()
 
     def give_up(self) -> None:
         with suppress(OSError):

@@ -25,6 +25,10 @@ from megatron_flashrecovery.runtime.dialogue import Seat, dialogue_codec
 from megatron_flashrecovery.runtime.fork_server import Ended, Fork, Forked, Preloaded, fork_codec
 
 _TAIL_NBYTES = 8192
+CONFIG_EXIT = 2
+"""Of a worker whose last line says what of the script or its flags cannot be."""
+_OURS = "flashrecovery: "
+_SILENCE = "(nothing)"
 _SERVER_LOG = "fork_server.log"
 _SERVERS = 3
 """One whose death was nobody's bug is followed by another; what kills several in a row would kill the next one, too."""
@@ -39,6 +43,8 @@ class Worker:
     number: int
     channel: Channel
     log: Path
+    log_begins: int = 0
+    """Bytes of it that others had written before: what a predecessor said is not the last word of this one."""
     pid: int | None = None
     seat: Seat | None = None
     process: subprocess.Popen[bytes] | None = None
@@ -75,18 +81,21 @@ class WorkerEnded:
         if os.WIFSIGNALED(self.status):
             number = os.WTERMSIG(self.status)
             return f"killed by {signal.Signals(number).name}"
-        full = "" if has_room(self.worker.log) else f"; no space is left in {self.worker.log.parent}: make room there"
-        return f"exit code {os.WEXITSTATUS(self.status)}, its last words: {self.last_words()}{full}"
+        code, words = os.WEXITSTATUS(self.status), self.last_words()
+        if words.startswith(_OURS) and code != CONFIG_EXIT:
+            words = _SILENCE  # what we have told in passing is not why it ended
+        full = "" if has_room(self.worker.log) else f" (no space is left in {self.worker.log.parent}: make room there)"
+        return f"exit code {code}{full}, its last words: {words}"
 
     def last_words(self) -> str:
         """The last line that the worker wrote, for a person; all of it is in its log."""
         try:
             with self.worker.log.open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_NBYTES))
+                log.seek(max(self.worker.log_begins, log.seek(0, os.SEEK_END) - _TAIL_NBYTES))
                 lines = log.read().decode(errors="replace").split("\n")
         except OSError:
             return "(its log cannot be read)"
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(nothing)")
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), _SILENCE)
 
     @property
     def exit_code(self) -> int:
@@ -153,9 +162,9 @@ class Workers:
         self._count += 1
         channel, theirs = channel_pair(dialogue_codec())
         log = self._log_dir / log_name
-        worker = Worker(self._count, channel, log)
-        self._living[worker.number] = worker
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        worker = Worker(self._count, channel, log, os.fstat(output).st_size)
+        self._living[worker.number] = worker
         try:
             if not self._ask_server(worker, theirs, output):
                 self._start_cold(worker, theirs, output)

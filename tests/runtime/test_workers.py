@@ -168,12 +168,28 @@ def test_a_fork_server_that_has_just_ended_costs_no_start(tmp_path: Path) -> Non
 def test_a_full_disk_under_the_logs_is_named_with_an_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_named: bool
 ) -> None:
-    worker: Any = SimpleNamespace(log=tmp_path / "rank3.log")
+    worker: Any = SimpleNamespace(log=tmp_path / "rank3.log", log_begins=0)
     worker.log.touch()
     monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_bavail=free))
-    cause = WorkerEnded(worker, 1 << 8).cause
-    assert cause.startswith("exit code 1, its last words: (nothing)")
-    assert (f"no space is left in {tmp_path}: make room there" in cause) is is_named
+    full = f" (no space is left in {tmp_path}: make room there)" if is_named else ""
+    assert WorkerEnded(worker, 1 << 8).cause == f"exit code 1{full}, its last words: (nothing)"
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "code", "words"),
+    [
+        pytest.param("", "no such file\n\n", 1, "no such file", id="its-last-line"),
+        pytest.param("", "step 9\nflashrecovery: goes on from step 7, in step 9\n", 1, "(nothing)", id="only-ours"),
+        pytest.param("of a predecessor\n", "", 1, "(nothing)", id="only-its-predecessor"),
+        pytest.param("", "flashrecovery: no such flag\n", 2, "flashrecovery: no such flag", id="refused"),
+    ],
+)
+def test_the_last_words_are_those_of_the_worker_itself(
+    tmp_path: Path, before: str, said: str, code: int, words: str
+) -> None:
+    worker: Any = SimpleNamespace(log=tmp_path / "rank3.log", log_begins=len(before))
+    worker.log.write_text(before + said)
+    assert WorkerEnded(worker, code << 8).cause == f"exit code {code}, its last words: {words}"
 
 
 @pytest.mark.parametrize("bad", [False, True])

@@ -27,6 +27,7 @@ from megatron_flashrecovery.runtime.fork_server import Ended, Fork, Forked, Prel
 _TAIL_NBYTES = 8192
 CONFIG_EXIT = 2
 """Of a worker whose last line says what of the script or its flags cannot be."""
+_SILENT_FOR = 2.0
 _OURS = "flashrecovery: "
 _SILENCE = "(nothing)"
 _SERVER_LOG = "fork_server.log"
@@ -119,6 +120,7 @@ class Workers:
         self._server_channel: Channel | None = None
         self._is_serving = False
         self._servers = 0
+        self._is_closing = False
         self.cold_because = "preloading is off" if not preload else ""
         log_dir.mkdir(parents=True, exist_ok=True)
         if preload:
@@ -202,11 +204,15 @@ class Workers:
 
     def close(self, grace: float) -> None:
         """End every process: politely, and after ``grace`` seconds for good."""
+        self._is_closing = True
         for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, _REAPED_WITHIN)):
             for worker in self.living:
                 self.kill(worker, number)
-            deadline = time.monotonic() + patience
-            while self._living and time.monotonic() < deadline:
+            began, is_said = time.monotonic(), False
+            while self._living and (waited := time.monotonic() - began) < patience:
+                if waited > _SILENT_FOR and not is_said:
+                    is_said = True
+                    _say(f"waiting for {len(self._living)} workers to end by {number.name}, for {patience:g} s at most")
                 for end in self.poll():
                     end.worker.channel.close()
                 time.sleep(0.01)
@@ -304,7 +310,7 @@ class Workers:
         how = _in_words(self._server.returncode)
         lost = [worker for worker in self.living if not worker.process]
         self.cold_because = f"the fork server is gone: {how}"
-        again = was_serving and self._servers < _SERVERS
+        again = was_serving and self._servers < _SERVERS and not self._is_closing
         until = "until another one has done the imports" if again else "from now on"
         _say(
             f"the fork server (process {self._server.pid}) is gone: {how}; workers that ended with it: {len(lost)}; "

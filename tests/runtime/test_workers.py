@@ -15,6 +15,7 @@ import pytest
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, WorkerId
+from megatron_flashrecovery.runtime import workers as workers_module
 from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.fork_server import has_main_guard, preload
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
@@ -65,6 +66,12 @@ def workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]
     pool.close(grace=2.0)
 
 
+def seat_of(script: Path, ending: str) -> Seat:
+    return Seat(
+        Rank(0), WorkerId("0"), NodeId("a"), Epoch(0), False, b"", 1, 1, "", 0, "", str(script), False, (ending,), {}
+    )
+
+
 def wait_for_pid(pool: Workers, worker: Worker) -> int:
     deadline = time.monotonic() + 20
     while worker.pid is None:
@@ -98,11 +105,7 @@ def test_a_killed_worker_is_noticed_with_its_cause(workers: Workers) -> None:
 )
 def test_a_script_ends_as_it_would_by_itself(workers: Workers, tmp_path: Path, ending: str, exit_code: int) -> None:
     worker = workers.start("w.log")
-    script = str(tmp_path / "script.py")
-    seat = Seat(
-        Rank(0), WorkerId("0"), NodeId("a"), Epoch(0), False, b"", 1, 1, "", 0, "", script, False, (ending,), {}
-    )
-    worker.channel.send(seat)
+    worker.channel.send(seat_of(tmp_path / "script.py", ending))
     assert wait_for_end(workers).exit_code == exit_code
     said = worker.log.read_text()
     assert said.endswith("thread handler ")
@@ -149,6 +152,27 @@ def test_the_loss_of_the_fork_server_is_named_and_another_one_takes_its_place(
     wait_for_pid(pool, third)
     assert third.process is None
     pool.close(grace=0.0)
+
+
+def test_who_is_slow_to_end_is_waited_for_with_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "_SILENT_FOR", 0.1)
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    pool = Workers(str(script), tmp_path / "logs", {**os.environ, "OMP_NUM_THREADS": "1"}, preload=True)
+    pool.wait_for_server(30.0)
+    worker = pool.start("w.log")
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); time.sleep(60)"
+    worker.channel.send(seat_of(script, deaf))
+    wait_for_pid(pool, worker)
+    deadline = time.monotonic() + 20
+    while "deaf" not in worker.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    pool.close(grace=1.0)
+    assert capfd.readouterr().err == "flashrecovery: waiting for 1 workers to end by SIGTERM, for 1 s at most\n"
+    assert pool.living == []
 
 
 def test_a_fork_server_that_has_just_ended_costs_no_start(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import TypeAlias
 
@@ -31,6 +33,24 @@ _COMMANDS: Mapping[str, ModuleType] = {
 
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> int:
     """``environment`` is the only place from which environment variables are read."""
+    ended: list[int] = []
+    if argv is None:  # this process is the command, and nobody's library
+        atexit.register(_leave, ended)
+    ended.append(_exit_code_of(argv, environment))
+    return ended[0]
+
+
+def _leave(ended: Sequence[int]) -> None:
+    """As the last exit handler, for it is the first to be registered: to free torch object by object takes a launcher
+    some seconds, in which everybody waits for nothing."""
+    if ended:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(ended[0])
+
+
+def _exit_code_of(argv: Sequence[str] | None, environment: Mapping[str, str] | None) -> int:
     try:
         try:
             return _execute(sys.argv[1:] if argv is None else argv, os.environ if environment is None else environment)

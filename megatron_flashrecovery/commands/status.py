@@ -60,7 +60,9 @@ def tell(status: Status, now: float) -> Iterator[str]:
             f"it went on from step {last.resume_step} after {last.seconds:.2f} s"
         )
     for rank, evidence in sorted(status.slow.items()):
-        yield f"rank {rank} is slow: {evidence}"
+        looks = status.easing.get(rank, 0)
+        was = "was" if looks or status.phase in ("died", "ended") else "is"
+        yield f"rank {rank} {was} slow: {evidence}" + (f"; not in the last {_count(looks, 'look')}" if looks else "")
     if (diagnosis := status.diagnosis) is not None:
         for blamed in diagnosis.blamed:
             yield f"to blame: {blamed.element} (p {blamed.p:.2g}): {blamed.evidence}"

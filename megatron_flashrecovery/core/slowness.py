@@ -56,6 +56,10 @@ class OwnTimes:
             elif not any(peer != rank for peer in peers_of.get(rank, ())):
                 self._compare_with_past(rank, seconds, event.step, factor, now)
 
+    def easing(self) -> dict[Rank, int]:
+        """Of those that are said to be slow: for how many windows in a row they were not. ``WINDOWS`` end it."""
+        return {rank: self.contrary[rank] for rank in self.slow if self.contrary[rank]}
+
     def _compare_with_past(self, rank: Rank, seconds: float, step: Step, factor: float, now: float) -> None:
         past = self.past.setdefault(rank, deque(maxlen=_KEPT))
         is_over = False
@@ -70,6 +74,8 @@ class OwnTimes:
         is_over = usual.is_exceeded_by(seconds, 1 + (factor - 1) / 2 if is_slow else factor)
         if is_over == is_slow:
             del self.contrary[rank]
+            if is_slow:
+                self.slow[rank] = _evidence(seconds, usual, step)  # up to this step, for whoever asks
             return is_over
         self.contrary[rank] += 1
         if self.contrary[rank] >= WINDOWS:
@@ -77,7 +83,7 @@ class OwnTimes:
             if is_slow:
                 del self.slow[rank]
             elif decide(Fault.SLOW, History()).action is Action.NOTE:
-                self.slow[rank] = f"it computes for {seconds:.3g} s in a step, {usual}, up to step {step}"
+                self.slow[rank] = _evidence(seconds, usual, step)
         return is_over
 
     def _drift(self, now: float) -> float:
@@ -110,6 +116,10 @@ class _Usual:
 
     def __str__(self) -> str:
         return f"{self.whose} {self.seconds:.3g} s"
+
+
+def _evidence(seconds: float, usual: _Usual, step: Step) -> str:
+    return f"it computes for {seconds:.3g} s in a step, {usual}, up to step {step}"
 
 
 def _spread(values: Sequence[float]) -> float:

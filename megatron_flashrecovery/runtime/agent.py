@@ -37,11 +37,10 @@ from megatron_flashrecovery.runtime.seating import grant, seats_described
 from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
 from megatron_flashrecovery.runtime.vigil import Vigil
 from megatron_flashrecovery.runtime.watch import Watch
-from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
+from megatron_flashrecovery.runtime.workers import CONFIG_EXIT, Worker, WorkerEnded, Workers
 from megatron_flashrecovery.state.vault import Vault
 
 _TICK = 0.05
-_CONFIG_EXIT = 2
 
 
 class Agent:
@@ -371,7 +370,7 @@ class Agent:
 
     def _refuses_to_start(self, end: WorkerEnded) -> bool:
         rank = end.worker.rank
-        if end.exit_code != _CONFIG_EXIT or rank in self._startup:
+        if end.exit_code != CONFIG_EXIT or rank in self._startup:
             return False
         self._control.send(node_messages.StartRefused(self._node, end.last_words().removeprefix("flashrecovery: ")))
         return True

@@ -23,9 +23,11 @@ from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Journal
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.oddities import Spikes, StepDiffered
+from megatron_flashrecovery.runtime.reserve import Reserve
 from megatron_flashrecovery.runtime.status import LauncherNoted
 from megatron_flashrecovery.runtime.summary import (
     STEPS_NAME,
+    EpochRecord,
     GroupTally,
     PhaseSeconds,
     RecoveryRecord,
@@ -65,6 +67,7 @@ class Chronicle:
         self._phase = ""
         self._current = _Measured()
         self._measured: dict[Epoch, _Measured] = {}
+        self._epochs: dict[Epoch, EpochRecord] = {}
         self._final: dict[Rank, str] = {}
         self._last_step = Step(0)
         self._warned: set[str] = set()
@@ -76,6 +79,7 @@ class Chronicle:
         self._started_in: dict[Rank, Epoch] = {}
         self._closed = False
         self._is_torn = False
+        self._reserve = Reserve(config.log_dir)
 
     @property
     def last_step(self) -> Step:
@@ -85,18 +89,18 @@ class Chronicle:
     def begin(self, job: Job, now: float) -> None:
         """Nothing has happened yet."""
         seats = {node: tuple(sorted(ranks)) for node, ranks in job.seats.ranks_on.items()}
-        self._journal.started(JobStarted(job.config, seats), time=time.time(), now=now)
-        self._journal.write("note", LauncherNoted.this_one(), time=time.time(), epoch=job.epoch)
+        self._reserve.make()
+        with self._records_are_optional():
+            self._journal.started(JobStarted(job.config, seats), time=time.time(), now=now)
+        self._write(LauncherNoted.this_one())
 
     def record(self, event: core.Event, commands: Sequence[core.Command], job: Job, now: float) -> None:
         """The job has handled ``event``, and this is what it ordered. What comes after the end is not recorded."""
         if self._closed:
             return
-        with self._records_are_optional():
-            self._record(event, commands, job, now)
-
-    def _record(self, event: core.Event, commands: Sequence[core.Command], job: Job, now: float) -> None:
-        self._journal.handled(event, commands, job, time=time.time(), now=now)
+        if not self._is_torn:  # from a journal with a gap nothing can be replayed that comes behind it
+            with self._records_are_optional():
+                self._journal.handled(event, commands, job, time=time.time(), now=now)
         if isinstance(event, core.RanksStood):
             newest = max((report.step for report in event.reports), default=Step(0))
             self._current.newest = max(self._current.newest, newest)
@@ -113,11 +117,11 @@ class Chronicle:
             if (self._phase, phase) == ("Starting", "Training"):
                 self._say("every rank is at its first step and has its second copy: training begins")
             self._phase = phase
-            self._journal.write("phase", _PhaseEntered(phase), time=time.time(), now=now, epoch=job.epoch)
+            self._write(_PhaseEntered(phase), now, "phase")
         if isinstance(job.phase, Executing) and any(isinstance(command, core.ExecutePlan) for command in commands):
             plan = job.phase.plan
             planned = GroupsPlanned(plan.resume_step, plan.rebuild, plan.kept)
-            self._journal.write("note", planned, time=time.time(), now=now, epoch=job.epoch)
+            self._write(planned, now)
 
     def _tell_diagnosis(self, diagnosed: core.Diagnosed) -> None:
         for blamed in diagnosed.blamed:
@@ -130,7 +134,7 @@ class Chronicle:
         if slow.keys() == self._slow:
             return
         for rank in sorted(slow.keys() ^ self._slow):
-            self._journal.write("note", SlowNoted(rank, slow.get(rank)), time=time.time(), epoch=self._epoch)
+            self._write(SlowNoted(rank, slow.get(rank)))
             said = f"is slow: {slow[rank]}" if rank in slow else "is not slow any more"
             self._say(f"rank {rank} {said}")
         self._slow = frozenset(slow)
@@ -152,19 +156,17 @@ class Chronicle:
         """What only the record needs to know."""
         if self._closed:
             return
-        with self._records_are_optional():
-            self._note(message)
-
-    def _note(self, message: object) -> None:
         match message:
             case node_messages.StepNoted(step=step):
                 self._last_step = max(self._last_step, step.step)
                 line = StepLine.of(step.step, step.loss, step.grad_norm, step.epoch, step.seconds)
-                if (difference := self._steps.record(line)) is not None:
+                if (difference := self._steps.compare(line)) is not None:
                     self._note_difference(step.step, difference)
+                with self._records_are_optional():
+                    self._steps.record(line)
                 for spike in self._spikes.of(step):
                     self._say(f"step {spike.step}: the {spike.measure} {spike.value:g} is far above the last ones")
-                    self._journal.write("note", spike, time=time.time(), epoch=self._epoch)
+                    self._write(spike)
                 return
             case node_messages.WorkerStarted(rank=rank, epoch=epoch):
                 self._started_in[rank] = epoch
@@ -186,7 +188,7 @@ class Chronicle:
                 if warning and warning not in self._warned:
                     self._warned.add(warning)
                     self._say(f"warning: {warning}")
-        self._journal.write("note", message, time=time.time(), epoch=self._epoch)
+        self._write(message)
 
     def _note_difference(self, step: Step, difference: str) -> None:
         rank = Rank(self._config.world_size - 1)
@@ -194,12 +196,12 @@ class Chronicle:
         whose = f", computed by the replacement of rank {rank}" if replaced else ""
         self._say(f"WARNING: {difference}{whose}")
         noted = StepDiffered(step, rank, replaced, difference)
-        self._journal.write("note", noted, time=time.time(), epoch=self._epoch)
+        self._write(noted)
 
     def _note_numbers(self, ended: Sequence[BadStep]) -> None:
         for bad in ended[len(self._bad) :]:
             self._bad.append(bad)
-            self._journal.write("note", bad, time=time.time(), epoch=self._epoch)
+            self._write(bad)
             if bad.outcome.startswith("did not"):
                 self._say(f"step {bad.step}: {bad.what}, and it {bad.outcome}")
 
@@ -208,18 +210,26 @@ class Chronicle:
         if self._closed:
             return
         self._closed = True
-        with self._records_are_optional():
-            self._write_summary(failure)
-
-    def _write_summary(self, failure: str) -> None:
+        self._reserve.give_up()
         records = tuple(_record(epoch, measured) for epoch, measured in sorted(self._measured.items()))
         final = {} if failure else dict(sorted(self._final.items()))
-        blamed = tuple(self._blamed.values())
-        summary = Summary(self._config.world_size, self._last_step, final, records, tuple(self._bad), blamed)
-        write_summary(self._config.log_dir, summary)
-        self._journal.write("note", _Ended(failure), time=time.time(), epoch=self._epoch)
-        self._journal.close()
-        self._steps.close()
+        summary = Summary(
+            world_size=self._config.world_size,
+            steps=self._last_step,
+            state_sha256=final,
+            recoveries=records,
+            bad_numbers=tuple(self._bad),
+            blamed=tuple(self._blamed.values()),
+            outcome="stopped" if failure else "finished",
+            reason=failure,
+            epochs=tuple(self._epochs.values()),
+        )
+        with self._records_are_optional():
+            write_summary(self._config.log_dir, summary)
+        self._write(_Ended(failure))
+        with self._records_are_optional():
+            self._journal.close()
+            self._steps.close()
         if not failure and self._phase == "Starting":
             self._say("finished; nothing was protected, for the script did not ask for recovery")
         elif not failure:
@@ -227,9 +237,13 @@ class Chronicle:
             who = f"; to blame: {', '.join(self._blamed)}" if self._blamed else ""
             self._say(f"finished at step {self._last_step} after {len(records)} {word}{who}")
 
+    def _write(self, message: object, now: float | None = None, kind: str = "note") -> None:
+        with self._records_are_optional():
+            self._journal.write(kind, message, time=time.time(), now=now, epoch=self._epoch)
+
     @contextmanager
     def _records_are_optional(self) -> Iterator[None]:
-        """A full disk costs the record, not the job."""
+        """A full disk costs the record, not the job, and not a word on the console: so around each write alone."""
         try:
             yield
         except OSError as error:
@@ -243,9 +257,11 @@ class Chronicle:
         match command:
             case core.Park(epoch=epoch):
                 cause = job.timeline.causes[-1] if job.timeline else "a deadline was missed"
+                self._epochs[epoch] = EpochRecord(epoch, time.time(), cause, is_restart=False)
                 self._say(f"epoch {epoch}: {cause}; everybody else stops and waits")
             case core.RestartAll(epoch=epoch, reason=reason, from_checkpoint=from_checkpoint):
                 start = "from the newest checkpoint" if from_checkpoint else "from the top"
+                self._epochs[epoch] = EpochRecord(epoch, time.time(), reason, is_restart=True)
                 self._say(f"epoch {epoch}: {reason}; all workers start again, {start}")
                 self._current = _Measured()
             case core.Resume():

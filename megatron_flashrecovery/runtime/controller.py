@@ -75,9 +75,9 @@ class Controller:
             await self._tick()
         await self._server.stop()
 
-    def stop(self) -> None:
+    def stop(self, reason: str) -> None:
         """From this loop: the launcher ends, whatever the job is at."""
-        self._end(node_messages.Dismiss("the launcher ended", 1))
+        self._end(node_messages.Dismiss(reason, 1))
 
     async def _tick(self) -> None:
         self._looked = time.monotonic()

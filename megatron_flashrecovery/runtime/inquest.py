@@ -16,6 +16,9 @@ from megatron_flashrecovery.runtime.node_messages import DeathNoted, LastWords
 from megatron_flashrecovery.runtime.watch import Watch, in_words
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded
 
+_SAID_BY_THE_CAUSE = frozenset({Fault.PROCESS_ENDED, Fault.EXCEPTION, Fault.OUT_OF_MEMORY})
+"""All others are named by the word that ``flashrecovery policy`` has for them: an exit code says nothing of them."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -52,14 +55,18 @@ class Inquest:
         announced = self._announced.pop(worker.id, None)
         death = DeathNoted(rank, worker.pid or 0, time.time(), announced)
         words = self._watch.last_words(rank, worker.id)
-        cause, fault = self._fenced.pop(worker.id) if worker.id in self._fenced else self._cause(end, words)
+        is_fenced = worker.id in self._fenced
+        cause, fault = self._fenced.pop(worker.id) if is_fenced else self._cause(end, words)
         if words.fault in SUSPECTS_A_DEVICE:
             fault = words.fault  # whatever it was ended for in the end
         fault = self._devices.fault_of(worker.id, fault)
+        if not is_fenced and fault not in _SAID_BY_THE_CAUSE:
+            cause = f"{fault.value}: {cause}"
         loss = core.Loss(rank, worker.id, cause, worker.seat.epoch, words.step, words.raised, fault)
         return Finding(loss, (death, words))
 
     def _cause(self, end: WorkerEnded, words: LastWords) -> tuple[str, Fault]:
         if end.status == signal.SIGKILL and self._out_of_memory.has_struck():
-            return "killed by the out-of-memory killer" + in_words(words), Fault.OUT_OF_MEMORY
+            what = f"{end.cause}, for want of memory" if end.server_ended else "killed by the out-of-memory killer"
+            return what + in_words(words), Fault.OUT_OF_MEMORY
         return end.cause + in_words(words), words.fault

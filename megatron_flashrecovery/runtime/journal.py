@@ -59,7 +59,6 @@ class Journal:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._encoder = msgspec.json.Encoder()
         self._state: tuple[object, float | None] | None = None
-        self._is_torn = False
 
     def started(self, job: JobStarted, *, time: float, now: float) -> None:
         """What a replay begins with: once, before the first event."""
@@ -84,17 +83,18 @@ class Journal:
         assert isinstance(body, dict), message
         assert not _RESERVED & body.keys(), message
         head = {"time": time, "now": now, "epoch": epoch, "kind": kind, "name": type(message).__name__}
-        self._append(self._encoder.encode(head | body) + b"\n")
+        append_whole(self._fd, self._encoder.encode(head | body) + b"\n")
 
     def close(self) -> None:
         os.close(self._fd)
 
-    def _append(self, line: bytes) -> None:
-        """A disk that is full may take half of it: the next one begins anew, so no more is lost than that."""
-        text = b"\n" + line if self._is_torn else line
-        self._is_torn = os.write(self._fd, text) < len(text)
-        if self._is_torn:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+def append_whole(fd: int, line: bytes) -> None:
+    """All of it or nothing: what a full disk took of it would become one bad line with the next one that fits."""
+    written = os.write(fd, line)
+    if written < len(line):
+        os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_END) - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_journal(path: Path, names: Collection[str] | None = None) -> Iterator[Line]:

@@ -35,13 +35,14 @@ from megatron_flashrecovery.runtime.workers import Workers
 from megatron_flashrecovery.state.vault import Vault
 
 _GRACE = 5.0
+_UNEXPLAINED = "the launcher ended"
 
 
 class Interruption(Exception):
     """The launcher was told to end at once by a signal."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(f"told to end at once by {signal.Signals(number).name}")
         self.number = number
 
 
@@ -70,7 +71,7 @@ def run(config: LaunchConfig) -> int:
 
 
 def _serve(
-    config: LaunchConfig, workers: Workers, address: str, stop_controller: Callable[[], None], told: _Told
+    config: LaunchConfig, workers: Workers, address: str, stop_controller: Callable[[str], None], told: _Told
 ) -> int:
     node = NodeId(f"node{config.node_rank}")
     print(
@@ -98,13 +99,18 @@ def _serve(
     echo = Echo(config.log_dir / "logs" / f"rank{config.world_size - 1}.log", sys.stdout)
     if config.shutdown_timeout:
         told.pass_on = agent.hear
+    ending = _UNEXPLAINED
     try:
         dismissal = agent.run(echo.follow)
+        ending = dismissal.failure
         echo.follow()
+    except (Interruption, ConfigError) as stopped:
+        ending = str(stopped)
+        raise
     finally:
         heart.stop()
         agent.close()
-        stop_controller()  # before the connection ends, which would look like the loss of this node
+        stop_controller(ending)  # before the connection ends, which would look like the loss of this node
         control.close()
         vault.close()
     if not dismissal.failure:
@@ -116,11 +122,11 @@ def _serve(
 
 
 @contextmanager
-def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The address of the controller, and how to stop it; on node 0 it runs in a thread of this process for as long as
-    this lasts."""
+def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[str], None]]]:
+    """The address of the controller, and how to stop it, with the reason for the record; on node 0 it runs in a thread
+    of this process for as long as this lasts."""
     if config.node_rank != 0:
-        yield f"{config.master_addr}:{config.master_port}", lambda: None
+        yield f"{config.master_addr}:{config.master_port}", lambda _reason: None
         return
     store_port, keep_store = _open_store(config)
     chronicle = Chronicle(config)
@@ -142,6 +148,7 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
     spool = Spool(config.log_dir) if config.allow_injection or config.injections else None
     diagnostician = Diagnostician(config.log_dir, config.topology, os.environ) if config.diagnosis else None
     controller = Controller(config, job, (config.master_addr, store_port), chronicle, spool, diagnostician)
+    ending = _UNEXPLAINED
     loop = asyncio.new_event_loop()
     thread = threading.Thread(
         target=lambda: loop.run_until_complete(controller.run()), name="flashrecovery-controller", daemon=True
@@ -150,17 +157,20 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[], None]]
         port = loop.run_until_complete(controller.start(config.master_addr, config.master_port))
         thread.start()
 
-        def stop() -> None:
+        def stop(reason: str) -> None:
             if thread.is_alive():
-                loop.call_soon_threadsafe(controller.stop)
+                loop.call_soon_threadsafe(controller.stop, reason)
                 thread.join(timeout=_GRACE)
 
         try:
             yield f"{config.master_addr}:{port}", stop
+        except (Interruption, ConfigError) as stopped:
+            ending = str(stopped)
+            raise
         finally:
-            stop()
+            stop(ending)
     finally:
-        chronicle.close("the launcher ended")
+        chronicle.close(ending)
         if diagnostician is not None:
             diagnostician.close()
         if spool is not None:

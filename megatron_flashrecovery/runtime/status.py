@@ -72,6 +72,8 @@ class Status:
     restarts: int = 0
     checkpoint: Step | None = None
     slow: Mapping[Rank, str] = field(default_factory=dict)
+    easing: Mapping[Rank, int] = field(default_factory=dict)
+    """Of the slow ones: for how many looks in a row they were not."""
     diagnosis: Diagnosed | None = None
     failure: str | None = None
     launcher: LauncherNoted | None = None
@@ -118,6 +120,7 @@ def status_of(directory: Path) -> Status:
         restarts=job.restarts,
         checkpoint=job.checkpoint,
         slow=dict(job.own_times.slow),
+        easing=job.own_times.easing(),
         diagnosis=job.diagnosis,
         failure=None if end is None else str(end.body["failure"]),
         last_word=max(lines[-1].time, step_time or 0.0),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -13,6 +14,7 @@ from megatron_flashrecovery.core.errors import RecordDamaged
 from megatron_flashrecovery.core.ids import Epoch, Rank, Step
 from megatron_flashrecovery.core.messages import Blamed
 from megatron_flashrecovery.core.numbers import BadStep
+from megatron_flashrecovery.runtime.journal import append_whole
 
 SUMMARY_NAME = "summary.json"
 STEPS_NAME = "steps.jsonl"
@@ -73,8 +75,23 @@ class RecoveryRecord:
 
 
 @dataclass(frozen=True)
+class EpochRecord:
+    """Why an epoch began, in the words of the console, also of one that the job never went on from. ``began``: Unix
+    time. ``is_restart``: all workers were started again."""
+
+    epoch: Epoch
+    began: float
+    cause: str
+    is_restart: bool
+
+
+@dataclass(frozen=True)
 class Summary:
-    """``state_sha256`` is empty for a run that did not reach its last step. ``blamed``: whoever diagnoses named."""
+    """``state_sha256`` is empty for a run that did not reach its last step. ``blamed``: whoever diagnoses named.
+
+    ``reason`` says why the job stopped, in the words of the console. ``unknown``: an older version wrote it, or a
+    script without recovery.
+    """
 
     world_size: int
     steps: int
@@ -82,6 +99,9 @@ class Summary:
     recoveries: tuple[RecoveryRecord, ...] = ()
     bad_numbers: tuple[BadStep, ...] = ()
     blamed: tuple[Blamed, ...] = ()
+    outcome: Literal["finished", "stopped", "unknown"] = "unknown"
+    reason: str = ""
+    epochs: tuple[EpochRecord, ...] = ()
 
 
 class StepLog:
@@ -92,21 +112,23 @@ class StepLog:
         self._line_of: dict[Step, StepLine] = {}
         self._file = path.open("ab", buffering=0)
 
-    def record(self, line: StepLine) -> str | None:
-        """Returns what is wrong, in words, if a step that is computed again comes out differently.
-
-        The newer result then takes the place of the older one: it is what the run goes on from.
-        """
+    def compare(self, line: StepLine) -> str | None:
+        """What is wrong, in words, if a step that is computed again comes out differently."""
         before = self._line_of.get(line.step)
-        if before is None:
-            self._line_of[line.step] = line
-            self._file.write(_encode(line) + b"\n")
+        if before is None or before.same_result(line):
             return None
-        if before.same_result(line):
-            return None
-        self._line_of[line.step] = line
-        self._rewrite()
         return f"step {line.step} came out differently: {_result(line)}, and before {_result(before)}"
+
+    def record(self, line: StepLine) -> None:
+        """The newer result takes the place of an older one that differs: it is what the run goes on from."""
+        before = self._line_of.get(line.step)
+        if before is not None and before.same_result(line):
+            return
+        self._line_of[line.step] = line
+        if before is None:
+            append_whole(self._file.fileno(), _encode(line) + b"\n")
+        else:
+            self._rewrite()
 
     @property
     def steps(self) -> int:
@@ -116,8 +138,8 @@ class StepLog:
         self._file.close()
 
     def _rewrite(self) -> None:
-        self._file.close()
         replace_file(self._path, b"".join(_encode(line) + b"\n" for _, line in sorted(self._line_of.items())))
+        self._file.close()
         self._file = self._path.open("ab", buffering=0)
 
 
@@ -151,11 +173,15 @@ def read_steps(directory: Path) -> tuple[StepLine, ...]:
 def replace_file(path: Path, content: bytes) -> None:
     """All of it or nothing: whoever reads ``path`` sees the old content or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _encode(value: StepLine | Summary) -> bytes:

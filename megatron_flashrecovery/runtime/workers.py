@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,14 @@ from megatron_flashrecovery.runtime.dialogue import Seat, dialogue_codec
 from megatron_flashrecovery.runtime.fork_server import Ended, Fork, Forked, Preloaded, fork_codec
 
 _TAIL_NBYTES = 8192
+CONFIG_EXIT = 2
+"""Of a worker whose last line says what of the script or its flags cannot be."""
+_SILENT_FOR = 2.0
+_OURS = "flashrecovery: "
+_SILENCE = "(nothing)"
+_SERVER_LOG = "fork_server.log"
+_SERVERS = 3
+"""One whose death was nobody's bug is followed by another; what kills several in a row would kill the next one, too."""
 # A process that was killed ends within moments, unless it is stuck in the kernel.
 _REAPED_WITHIN = 5.0
 
@@ -36,6 +45,8 @@ class Worker:
     number: int
     channel: Channel
     log: Path
+    log_begins: int = 0
+    """Bytes of it that others had written before: what a predecessor said is not the last word of this one."""
     pid: int | None = None
     seat: Seat | None = None
     process: subprocess.Popen[bytes] | None = None
@@ -62,23 +73,31 @@ class WorkerEnded:
     worker: Worker
     status: int
     """As from ``waitpid``."""
+    server_ended: str = ""
+    """How the fork server ended that it went with."""
 
     @property
     def cause(self) -> str:
+        if self.server_ended:
+            return f"ended together with the fork server of its node ({self.server_ended})"
         if os.WIFSIGNALED(self.status):
             number = os.WTERMSIG(self.status)
             return f"killed by {signal.Signals(number).name}"
-        return f"exit code {os.WEXITSTATUS(self.status)}, its last words: {self.last_words()}"
+        code, words = os.WEXITSTATUS(self.status), self.last_words()
+        if words.startswith(_OURS) and code != CONFIG_EXIT:
+            words = _SILENCE  # what we have told in passing is not why it ended
+        full = "" if has_room(self.worker.log) else f" (no space is left in {self.worker.log.parent}: make room there)"
+        return f"exit code {code}{full}, its last words: {words}"
 
     def last_words(self) -> str:
         """The last line that the worker wrote, for a person; all of it is in its log."""
         try:
             with self.worker.log.open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_NBYTES))
+                log.seek(max(self.worker.log_begins, log.seek(0, os.SEEK_END) - _TAIL_NBYTES))
                 lines = log.read().decode(errors="replace").split("\n")
         except OSError:
             return "(its log cannot be read)"
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(nothing)")
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), _SILENCE)
 
     @property
     def exit_code(self) -> int:
@@ -100,6 +119,9 @@ class Workers:
         self._living: dict[int, Worker] = {}
         self._server: subprocess.Popen[bytes] | None = None
         self._server_channel: Channel | None = None
+        self._is_serving = False
+        self._servers = 0
+        self._is_closing = False
         self.cold_because = "preloading is off" if not preload else ""
         log_dir.mkdir(parents=True, exist_ok=True)
         if preload:
@@ -128,13 +150,14 @@ class Workers:
             message, _ = self._server_channel.receive(timeout)
         except (ChannelClosed, TimeoutError) as error:
             self._stop_server()
-            log = self._log_dir / "fork_server.log"
+            log = self._log_dir / _SERVER_LOG
             tail = log.read_text(errors="replace").strip().splitlines()[-1:] or [str(error)]
             raise ConfigError(f"the script {self._script} cannot be imported: {tail[0]} (all of it: {log})") from None
         assert isinstance(message, Preloaded), message
         if message.problem:
             self.cold_because = message.problem
             self._stop_server()
+        self._is_serving = not message.problem
         return message.seconds
 
     def start(self, log_name: str) -> Worker:
@@ -142,13 +165,11 @@ class Workers:
         self._count += 1
         channel, theirs = channel_pair(dialogue_codec())
         log = self._log_dir / log_name
-        worker = Worker(self._count, channel, log)
-        self._living[worker.number] = worker
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        worker = Worker(self._count, channel, log, os.fstat(output).st_size)
+        self._living[worker.number] = worker
         try:
-            if self._server_channel is not None:
-                self._server_channel.send(Fork(worker.number), (theirs.fileno(), output))
-            else:
+            if not self._ask_server(worker, theirs, output):
                 self._start_cold(worker, theirs, output)
         finally:
             os.close(output)
@@ -184,18 +205,33 @@ class Workers:
 
     def close(self, grace: float) -> None:
         """End every process: politely, and after ``grace`` seconds for good."""
+        self._is_closing = True
         for number, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, _REAPED_WITHIN)):
             for worker in self.living:
                 self.kill(worker, number)
-            deadline = time.monotonic() + patience
-            while self._living and time.monotonic() < deadline:
-                self.poll()
+            began, is_said = time.monotonic(), False
+            while self._living and (waited := time.monotonic() - began) < patience:
+                if waited > _SILENT_FOR and not is_said:
+                    is_said = True
+                    _say(f"waiting for {len(self._living)} workers to end by {number.name}, for {patience:g} s at most")
+                for end in self.poll():
+                    end.worker.channel.close()
                 time.sleep(0.01)
         self._stop_server()
         for worker in self.living:  # the fork server took them along
             worker.channel.close()
 
+    def _ask_server(self, worker: Worker, theirs: socket.socket, output: int) -> bool:
+        if self._server_channel is None or not self._is_serving:
+            return False
+        try:
+            self._server_channel.send(Fork(worker.number), (theirs.fileno(), output))
+        except ChannelClosed:
+            return False  # it has just ended, which ``poll`` is about to hear
+        return True
+
     def _start_server(self) -> None:
+        self._servers += 1
         ours, theirs = socket.socketpair()
         command = [
             *start.command("megatron_flashrecovery.runtime.fork_server"),
@@ -203,7 +239,7 @@ class Workers:
             self._script,
             *self._hooks,
         ]
-        with self._log("fork_server.log") as log:
+        with self._log(_SERVER_LOG) as log:
             self._server = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
@@ -219,7 +255,7 @@ class Workers:
         if self._server is None or self._server_channel is None:
             return
         self._server_channel.close()
-        self._server_channel = None
+        self._server_channel, self._is_serving = None, False
         try:
             self._server.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
@@ -247,11 +283,12 @@ class Workers:
             except TimeoutError:
                 return ended
             except ChannelClosed:
-                self._server_channel = None
-                self.cold_because = "the fork server is gone"
-                # Its children go with it, by the kernel's hand; nobody is left to reap them and say how.
-                return ended + [self._end(worker, signal.SIGKILL) for worker in self.living if not worker.process]
+                return ended + self._lose_server()
             match message:
+                case Preloaded(problem=problem):
+                    self._take_up_server(problem)
+                    if problem:
+                        return ended
                 case Forked(ticket=ticket, pid=pid):
                     worker = self._living[ticket]
                     worker.pid = pid
@@ -264,17 +301,59 @@ class Workers:
                 case _:
                     raise AssertionError(f"the fork server said {message}")
 
-    def _end(self, worker: Worker, status: int) -> WorkerEnded:
+    def _lose_server(self) -> list[WorkerEnded]:
+        """Its children go with it, by the kernel's hand; nobody is left to reap them and say how."""
+        was_serving = self._is_serving
+        self._stop_server()
+        assert self._server is not None
+        how = _in_words(self._server.returncode)
+        lost = [worker for worker in self.living if not worker.process]
+        self.cold_because = f"the fork server is gone: {how}"
+        again = was_serving and self._servers < _SERVERS and not self._is_closing
+        until = "until another one has done the imports" if again else "from now on"
+        _say(
+            f"the fork server (process {self._server.pid}) is gone: {how}; workers that ended with it: {len(lost)}; "
+            f"replacements start cold {until} (its log: {self._log_dir / _SERVER_LOG})"
+        )
+        if again:
+            self._start_server()
+        return [self._end(worker, signal.SIGKILL, how) for worker in lost]
+
+    def _take_up_server(self, problem: str) -> None:
+        """Another one has done the imports."""
+        self._is_serving, self.cold_because = not problem, problem
+        if problem:
+            self._stop_server()
+        _say(f"replacements start cold: {problem}" if problem else "another fork server is there for replacements")
+
+    def _end(self, worker: Worker, status: int, server_ended: str = "") -> WorkerEnded:
         del self._living[worker.number]
         if worker.pid is not None:
             _end_group(worker.pid, signal.SIGKILL)  # data loaders and the like hold memory and devices
-        return WorkerEnded(worker, status)
+        return WorkerEnded(worker, status, server_ended)
 
     def _log(self, name: str) -> IO[bytes]:
         return (self._log_dir / name).open("ab")
+
+
+def has_room(log: Path) -> bool:
+    """Whether a print of a rank can still reach its log; where none is left it raises, and ends most scripts."""
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(log.parent)
+        return disk.f_bavail > 0
+    return True
 
 
 def _end_group(pid: int, number: int) -> None:
     """What a worker has started ends with it; there may be nothing, or no group yet."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
+
+
+def _in_words(returncode: int) -> str:
+    return f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # whoever listened has gone
+        print(f"flashrecovery: {line}", file=sys.stderr, flush=True)

@@ -162,3 +162,22 @@ def test_only_a_run_imports_torch():
 def test_hooks_wait_for_the_framework_only_if_the_script_is_given_the_flag():
     assert config("train.py", "--lr", "1").hooks == ()
     assert config("train.py", "--enable-flash-recovery").hooks == run.HOOKS
+
+
+def test_the_command_leaves_without_tearing_its_interpreter_down(tmp_path):
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import sys\n"
+        "from megatron_flashrecovery.cli import main\n"
+        "class Costly:\n"
+        "    def __del__(self):\n"
+        "        print('torn down')\n"
+        "costly = Costly()\n"
+        "sys.argv = ['flashrecovery', *sys.argv[1:]]\n"
+        "sys.exit(main())\n"
+    )
+    for argv, code, says in [(["policy", "hang"], 0, "hang"), (["status", str(tmp_path)], 2, "does not exist")]:
+        done = subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, check=False)
+        assert done.returncode == code
+        assert says in done.stdout + done.stderr
+        assert "torn down" not in done.stdout

@@ -122,8 +122,13 @@ def test_a_slow_rank_is_named_when_it_becomes_so_and_in_the_status(tmp_path, cap
         run.tell(StepsTimed(A, 0, step, {0: 0.1, 1: 0.1}, {}), StepsTimed(B, 0, step, {2: 0.1, 3: 0.4}, {}))
     says = "rank 3 is slow: it computes for 0.4 s in a step, its peer for 0.1 s, up to step 5"
     assert says in run.status(capsys)[1].splitlines()
-    for step in range(6, 11):
+    run.tell(StepsTimed(B, 0, 6, {2: 0.1, 3: 0.5}, {}))
+    assert says.replace("0.4", "0.5").replace("step 5", "step 6") in run.status(capsys)[1].splitlines()
+    for step in range(7, 11):
         run.tell(StepsTimed(B, 0, step, {2: 0.1, 3: 0.1}, {}))
+    assert "rank 3 was slow: " in (said := run.status(capsys)[1])
+    assert "up to step 6; not in the last 4 looks" in said
+    run.tell(StepsTimed(B, 0, 11, {2: 0.1, 3: 0.1}, {}))
     assert "slow" not in run.status(capsys)[1]
     noted = [line.body for line in read_journal(tmp_path / FILE_NAME) if line.name == "SlowNoted"]
     assert [(body["rank"], body["evidence"] is None) for body in noted] == [(3, False), (3, True)]

@@ -125,7 +125,7 @@ def slowed(job, windows=WINDOWS, epoch=0):
 def test_peers_on_different_nodes_are_compared_and_nothing_is_ordered():
     job = training_job()
     assert play(slowed(job), timed({2: 0.1, 3: 0.4}, 9, B)) == []
-    assert job.own_times.slow == {3: "it computes for 0.4 s in a step, its peer for 0.1 s, up to step 5"}
+    assert job.own_times.slow == {3: "it computes for 0.4 s in a step, its peer for 0.1 s, up to step 9"}
 
 
 def test_every_epoch_begins_without_a_suspicion():

@@ -43,7 +43,7 @@ def one_job():
     return Job(JobConfig(), Seats({NodeId("n0"): (Rank(0), Rank(1))}))
 
 
-def test_a_full_disk_costs_one_line_and_who_wants_some_names_only_reads_the_rest(path, monkeypatch):
+def test_a_full_disk_costs_one_line_and_nothing_of_the_others(path, monkeypatch):
     journal = Journal(path)
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, text: write(fd, text[:40]))
@@ -53,9 +53,7 @@ def test_a_full_disk_costs_one_line_and_who_wants_some_names_only_reads_the_rest
     for time in (2.0, 3.0):
         journal.write("event", LOST, time=time, epoch=Epoch(0), now=0.5)
     journal.close()
-    assert [line.time for line in read_journal(path, {"WorkersLost"})] == [2.0, 3.0]
-    with pytest.raises(RecordDamaged, match="line 1 "):
-        list(read_journal(path))
+    assert [line.time for line in read_journal(path)] == [2.0, 3.0]
 
 
 @pytest.mark.parametrize("kind", [*get_args(Event), *get_args(Command)], ids=lambda kind: kind.__name__)

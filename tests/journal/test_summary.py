@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 
 import pytest
 
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
 from megatron_flashrecovery.core.messages import Blamed
 from megatron_flashrecovery.core.numbers import BadStep
+from megatron_flashrecovery.runtime.journal import append_whole
 from megatron_flashrecovery.runtime.summary import (
+    EpochRecord,
     GroupTally,
     PhaseSeconds,
     RecoveryRecord,
@@ -29,7 +34,15 @@ RECOVERY = RecoveryRecord(
 BAD = BadStep(Step(7), "the norm is nan", 1, "did not come again", "the gradient of rank 5", Rank(5))
 BLAMED = Blamed("host n1", 0.002, "its ranks are slow", (NodeId("node1"),))
 SUMMARY = Summary(
-    world_size=8, steps=12, state_sha256={Rank(0): "ab"}, recoveries=(RECOVERY,), bad_numbers=(BAD,), blamed=(BLAMED,)
+    world_size=8,
+    steps=12,
+    state_sha256={Rank(0): "ab"},
+    recoveries=(RECOVERY,),
+    bad_numbers=(BAD,),
+    blamed=(BLAMED,),
+    outcome="stopped",
+    reason="no room",
+    epochs=(EpochRecord(Epoch(1), 17.5, "rank 5: killed by SIGKILL", is_restart=False),),
 )
 
 
@@ -76,8 +89,18 @@ def test_a_summary_has_the_fields_that_others_script_against(tmp_path):
         ],
         # New with diagnoses: whom they have named while the job went on.
         "blamed": [{"element": "host n1", "p": 0.002, "evidence": "its ranks are slow", "nodes": ["node1"]}],
+        # New with failed runs that say so: how it ended, why, and every epoch, also one that never went on.
+        "outcome": "stopped",
+        "reason": "no room",
+        "epochs": [{"epoch": 1, "began": 17.5, "cause": "rank 5: killed by SIGKILL", "is_restart": False}],
     }
     assert read_summary(tmp_path) == SUMMARY
+
+
+def test_a_summary_of_an_older_version_can_be_read(tmp_path):
+    older = {"world_size": 2, "steps": 3, "state_sha256": {}, "recoveries": []}
+    (tmp_path / "summary.json").write_text(json.dumps(older))
+    assert read_summary(tmp_path) == Summary(world_size=2, steps=3, state_sha256={}, outcome="unknown")
 
 
 def test_a_step_has_the_fields_that_others_script_against(tmp_path):
@@ -95,7 +118,9 @@ def test_a_step_has_the_fields_that_others_script_against(tmp_path):
 
 def test_a_step_is_recorded_once_however_often_it_was_computed(tmp_path):
     log = StepLog(tmp_path / "steps.jsonl")
-    assert [log.record(line(step, epoch=epoch)) for step, epoch in [(1, 0), (2, 0), (2, 1), (3, 1)]] == [None] * 4
+    for step, epoch in [(1, 0), (2, 0), (2, 1), (3, 1)]:
+        assert log.compare(line(step, epoch=epoch)) is None
+        log.record(line(step, epoch=epoch))
     assert [(found.step, found.epoch) for found in read_steps(tmp_path)] == [(1, 0), (2, 0), (3, 1)]
     assert log.steps == 3
 
@@ -104,7 +129,8 @@ def test_a_step_that_comes_out_differently_is_told_and_the_newer_result_stays(tm
     log = StepLog(tmp_path / "steps.jsonl")
     log.record(line(1))
     log.record(line(2))
-    said = log.record(line(2, loss=2.75, epoch=1))
+    said = log.compare(line(2, loss=2.75, epoch=1))
+    log.record(line(2, loss=2.75, epoch=1))
     assert "step 2 came out differently" in (said or "")
     log.record(line(3))
     assert [found.loss for found in read_steps(tmp_path)] == [2.5, 2.75, 2.5]
@@ -122,3 +148,45 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path):
     path.write_text("old")
     replace_file(path, b"new")
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"file": "new"}
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process grows beyond 64 bytes: what is written there is cut off, as by a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_beside_it(tmp_path, small_files):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(OSError, match="too large"):
+        replace_file(path, b"new" * 100)
+    assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"file": "old"}
+
+
+def test_a_line_that_does_not_fit_leaves_none_of_it(tmp_path, small_files):
+    fd = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    append_whole(fd, b"a line that fits\n")
+    with pytest.raises(OSError, match="No space"):
+        append_whole(fd, b"x" * 100 + b"\n")
+    append_whole(fd, b"another\n")
+    os.close(fd)
+    assert (tmp_path / "file").read_text() == "a line that fits\nanother\n"
+
+
+def test_steps_can_still_be_recorded_behind_a_rewrite_that_did_not_fit(tmp_path, monkeypatch):
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.record(line(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _no_space)
+        with pytest.raises(OSError, match="No space"):
+            log.record(line(1, loss=2.75))
+    log.record(line(2))
+    assert [found.step for found in read_steps(tmp_path)] == [1, 2]
+
+
+def _no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -29,6 +29,7 @@ def test_a_device_error_is_told_as_such_and_changes_no_bit(tmp_path: Path, asser
     (words,) = outcome.journal("LastWords")
     assert (words.body["fault"], words.body["step"]) == ("device error", 6)
     assert "an illegal memory access was encountered" in words.body["traceback"]
+    assert "rank 2: device error: exit code 1, its last words: torch.AcceleratorError" in outcome.said
 
 
 @pytest.mark.parametrize("code", ["2", "710"])

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.processes.conftest import Equal, assert_only_what_is_broken_is_rebuilt
@@ -116,6 +117,20 @@ def test_a_replacement_killed_while_it_joins_is_replaced_again(tmp_path: Path, a
     assert_equal(job, outcome)
     (recovery,) = outcome.recoveries
     assert recovery.epoch == 2, "the second loss opens a second epoch of the same recovery"
+
+
+def test_the_loss_of_the_fork_server_is_named_and_changes_no_bit(tmp_path: Path, assert_equal: Equal) -> None:
+    job = Job(ranks=2)
+    with started(job, tmp_path / "run") as running:
+        running.wait_for(lambda: running.steps_done() > 3, "some steps")
+        os.kill(psutil.Process(running.pids()[0]).ppid(), signal.SIGKILL)
+        said, _ = running.process.communicate(timeout=90)
+    outcome = Outcome(tmp_path / "run", running.process.returncode, said)
+    assert_equal(job, outcome, also_lost=(0, 1))
+    assert "is gone: killed by SIGKILL; workers that ended with it: 2; replacements start cold until" in said
+    (epoch,) = outcome.summary.epochs
+    for rank in (0, 1):
+        assert f"rank {rank}: ended together with the fork server of its node (killed by SIGKILL)" in epoch.cause
 
 
 def _wait_for_pid(running: Running, rank: int) -> int:

@@ -8,11 +8,15 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, WorkerId
+from megatron_flashrecovery.runtime import workers as workers_module
 from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.fork_server import has_main_guard, preload
 from megatron_flashrecovery.runtime.workers import Worker, WorkerEnded, Workers
@@ -63,6 +67,12 @@ def workers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Workers]
     pool.close(grace=2.0)
 
 
+def seat_of(script: Path, ending: str) -> Seat:
+    return Seat(
+        Rank(0), WorkerId("0"), NodeId("a"), Epoch(0), False, b"", 1, 1, "", 0, "", str(script), False, (ending,), {}
+    )
+
+
 def wait_for_pid(pool: Workers, worker: Worker) -> int:
     deadline = time.monotonic() + 20
     while worker.pid is None:
@@ -96,11 +106,7 @@ def test_a_killed_worker_is_noticed_with_its_cause(workers: Workers) -> None:
 )
 def test_a_script_ends_as_it_would_by_itself(workers: Workers, tmp_path: Path, ending: str, exit_code: int) -> None:
     worker = workers.start("w.log")
-    script = str(tmp_path / "script.py")
-    seat = Seat(
-        Rank(0), WorkerId("0"), NodeId("a"), Epoch(0), False, b"", 1, 1, "", 0, "", script, False, (ending,), {}
-    )
-    worker.channel.send(seat)
+    worker.channel.send(seat_of(tmp_path / "script.py", ending))
     assert wait_for_end(workers).exit_code == exit_code
     said = worker.log.read_text()
     assert said.endswith("thread handler ")
@@ -161,6 +167,97 @@ def test_a_spare_whose_agent_goes_away_ends_by_itself(workers: Workers) -> None:
 def test_a_worker_killed_before_its_pid_is_known_still_ends(workers: Workers) -> None:
     workers.kill(workers.start("w.log"))
     wait_for_end(workers)
+
+
+def test_the_loss_of_the_fork_server_is_named_and_another_one_takes_its_place(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    pool = Workers(str(script), tmp_path / "logs", {**os.environ, "OMP_NUM_THREADS": "1"}, preload=True)
+    pool.wait_for_server(30.0)
+    worker = pool.start("w.log")
+    server = psutil.Process(wait_for_pid(pool, worker)).ppid()
+    os.kill(server, signal.SIGKILL)
+    end = wait_for_end(pool)
+    assert end.worker is worker
+    assert end.cause == "ended together with the fork server of its node (killed by SIGKILL)"
+    assert pool.start("cold.log").process is not None
+    said = capfd.readouterr().err
+    assert f"the fork server (process {server}) is gone: killed by SIGKILL; workers that ended with it: 1; " in said
+    assert "replacements start cold until" in said
+    deadline = time.monotonic() + 30
+    while pool.cold_because:
+        assert time.monotonic() < deadline
+        assert not pool.poll()
+        time.sleep(0.005)
+    assert "another fork server is there" in capfd.readouterr().err
+    third = pool.start("third.log")
+    wait_for_pid(pool, third)
+    assert third.process is None
+    pool.close(grace=0.0)
+
+
+def test_who_is_slow_to_end_is_waited_for_with_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers_module, "_SILENT_FOR", 0.1)
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    pool = Workers(str(script), tmp_path / "logs", {**os.environ, "OMP_NUM_THREADS": "1"}, preload=True)
+    pool.wait_for_server(30.0)
+    worker = pool.start("w.log")
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); time.sleep(60)"
+    worker.channel.send(seat_of(script, deaf))
+    wait_for_pid(pool, worker)
+    deadline = time.monotonic() + 20
+    while "deaf" not in worker.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    pool.close(grace=1.0)
+    assert capfd.readouterr().err == "flashrecovery: waiting for 1 workers to end by SIGTERM, for 1 s at most\n"
+    assert pool.living == []
+
+
+def test_a_fork_server_that_has_just_ended_costs_no_start(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    pool = Workers(str(script), tmp_path / "logs", {**os.environ, "OMP_NUM_THREADS": "1"}, preload=True)
+    pool.wait_for_server(30.0)
+    server = psutil.Process(wait_for_pid(pool, pool.start("w.log"))).ppid()
+    os.kill(server, signal.SIGKILL)
+    os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+    assert pool.start("cold.log").process is not None
+    assert "fork server" in wait_for_end(pool).cause
+    pool.close(grace=0.0)
+
+
+@pytest.mark.parametrize(("free", "is_named"), [(0, True), (7, False)])
+def test_a_full_disk_under_the_logs_is_named_with_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, is_named: bool
+) -> None:
+    worker: Any = SimpleNamespace(log=tmp_path / "rank3.log", log_begins=0)
+    worker.log.touch()
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_bavail=free))
+    full = f" (no space is left in {tmp_path}: make room there)" if is_named else ""
+    assert WorkerEnded(worker, 1 << 8).cause == f"exit code 1{full}, its last words: (nothing)"
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "code", "words"),
+    [
+        pytest.param("", "no such file\n\n", 1, "no such file", id="its-last-line"),
+        pytest.param("", "step 9\nflashrecovery: goes on from step 7, in step 9\n", 1, "(nothing)", id="only-ours"),
+        pytest.param("of a predecessor\n", "", 1, "(nothing)", id="only-its-predecessor"),
+        pytest.param("", "flashrecovery: no such flag\n", 2, "flashrecovery: no such flag", id="refused"),
+    ],
+)
+def test_the_last_words_are_those_of_the_worker_itself(
+    tmp_path: Path, before: str, said: str, code: int, words: str
+) -> None:
+    worker: Any = SimpleNamespace(log=tmp_path / "rank3.log", log_begins=len(before))
+    worker.log.write_text(before + said)
+    assert WorkerEnded(worker, code << 8).cause == f"exit code {code}, its last words: {words}"
 
 
 @pytest.mark.parametrize("bad", [False, True])

@@ -80,10 +80,8 @@ class Diagnostician:
     def hear(self, event: Event, now: float) -> None:
         """Whatever the job is told, after it has been told."""
         match event:
-            case WorkersLost(losses=losses):
-                self._occasions.note_incidents(len(losses), now)
-            case NodeLost():
-                self._occasions.note_incidents(1, now)
+            case WorkersLost(node=node) | NodeLost(node=node):
+                self._occasions.note_incident(node, now)
 
     def look(self, job: Job, now: float) -> Diagnosed | None:
         """Again and again. Returns what there is to tell the job, and begins a diagnosis if there is an occasion."""

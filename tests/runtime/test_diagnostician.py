@@ -96,7 +96,7 @@ def test_one_that_does_not_even_die_is_waited_for_by_nobody_and_has_no_other_bes
         kill, process.kill = process.kill, lambda: None  # in an uninterruptible wait it makes no difference
         assert it.look(training_job(), BEGIN + 5.0) is not None
         for life in (1, 2, 3):
-            it.hear(lost(A, 1, life=life), BEGIN + 6.0)
+            it.hear(lost(A, 1, life=life), BEGIN + 20.0 * life)
         assert it.look(training_job(), BEGIN + 6.0 + EVERY) is None
         assert it._process is None
         kill()
@@ -131,7 +131,7 @@ def test_there_is_one_at_a_time_and_not_again_at_once():
         heard(it)
         job = training_job()
         for life in (1, 2, 3):
-            it.hear(lost(A, 1, life=life), BEGIN + 2)
+            it.hear(lost(A, 1, life=life), BEGIN + 20 * life)
         assert it.look(job, BEGIN + EVERY) is None
         assert it._process is None
         assert it.look(job, BEGIN + 1 + EVERY) is None
@@ -143,6 +143,6 @@ def test_while_ranks_stop_none_begins():
     it = Diagnostician(Path("logs"), None, {}, (sys.executable, "-c", ""))
     it.look(training_job(), 0.0)
     for life in (1, 2, 3):
-        it.hear(lost(A, 1, life=life), 50.0)
+        it.hear(lost(A, 1, life=life), 20.0 * life)
     assert it.look(draining_job(1), 100.0) is None
     assert it._process is None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
 from megatron_flashrecovery.core.messages import Diagnosed
 from megatron_flashrecovery.core.waiting import whom_for
 from megatron_flashrecovery.runtime.journal import FILE_NAME, Line, decode_as, read_journal
@@ -54,7 +54,7 @@ class LastRecovery:
 @dataclass(frozen=True)
 class Status:
     """``phase`` is ``waiting for the nodes``, one of the core's phases in lower case, ``ended`` or ``died``. Times are
-    Unix time, in seconds."""
+    Unix time, in seconds. ``diagnosis`` is the newest, ``blamed`` says of all nodes that any has blamed what for."""
 
     phase: str
     since: float
@@ -73,6 +73,7 @@ class Status:
     checkpoint: Step | None = None
     slow: Mapping[Rank, str] = field(default_factory=dict)
     diagnosis: Diagnosed | None = None
+    blamed: Mapping[NodeId, str] = field(default_factory=dict)
     failure: str | None = None
     launcher: LauncherNoted | None = None
 
@@ -119,6 +120,7 @@ def status_of(directory: Path) -> Status:
         checkpoint=job.checkpoint,
         slow=dict(job.own_times.slow),
         diagnosis=job.diagnosis,
+        blamed=dict(job.blamed),
         failure=None if end is None else str(end.body["failure"]),
         last_word=max(lines[-1].time, step_time or 0.0),
         launcher=launcher,

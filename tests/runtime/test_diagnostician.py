@@ -16,7 +16,7 @@ from megatron_flashrecovery.runtime.diagnostician import Diagnostician
 from tests.core.jobs import A, draining_job, lost, training_job
 
 ANSWER = {
-    "blamed": [{"element": "host n1", "p": 0.002, "evidence": "it is slow", "nodes": ["node1"], "score": 4.0}],
+    "blamed": [{"element": "host n1", "p": 0.002, "evidence": "it is slow", "nodes": ["node1"], "ranks": [3]}],
     "undetermined": None,
     "lines": [],
 }
@@ -49,7 +49,7 @@ def heard(it: Diagnostician, now: float = BEGIN + 1) -> Diagnosed:
 def test_what_it_says_is_told_to_the_job():
     with diagnostician(f"print({json.dumps(ANSWER)!r})") as it:
         assert heard(it) == Diagnosed(
-            "rank 3 is slow", (Blamed("host n1", 0.002, "it is slow", (NodeId("node1"),)),), ""
+            "rank 3 is slow", (Blamed("host n1", 0.002, "it is slow", (NodeId("node1"),), (3,)),), ""
         )
 
 

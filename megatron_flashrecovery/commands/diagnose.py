@@ -58,7 +58,7 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     from megatron_flashrecovery.runtime.surroundings import surroundings_of
     from megatron_flashrecovery.runtime.telemetry_file import read_telemetry
 
-    dossier = read_dossier(arguments.directory)
+    dossier = read_dossier(arguments.directory, arguments.last)
     more = () if arguments.telemetry is None else read_telemetry(arguments.telemetry, dossier)
     surroundings = surroundings_of(dossier, arguments.topology, environment)
     period = period_of(dossier, arguments.last)

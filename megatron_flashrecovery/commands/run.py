@@ -105,6 +105,11 @@ def execute(arguments: argparse.Namespace, environment: Mapping[str, str]) -> in
     from megatron_flashrecovery.runtime import log_dir
 
     config = launch_config(arguments, environment)
+    if config.topology is not None:
+        from megatron_flashrecovery.diagnose.description import read_description
+
+        # Hours later, when somebody is slow, nobody is there to correct it.
+        read_description(config.topology)
     check_script(config.script, config.module)
     if config.node_rank == 0:
         log_dir.claim(config.log_dir, arguments.overwrite)

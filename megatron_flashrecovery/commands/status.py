@@ -67,7 +67,11 @@ def tell(status: Status, now: float) -> Iterator[str]:
         for blamed in diagnosis.blamed:
             yield f"to blame: {blamed.element} (p {blamed.p:.2g}): {blamed.evidence}"
         if diagnosis.undetermined:
-            yield f"{diagnosis.occasion}; nobody is to be blamed: {diagnosis.undetermined}"
+            yield f"{diagnosis.occasion}: {diagnosis.verdict}"
+    told = () if status.diagnosis is None else status.diagnosis.blamed
+    for node, why in sorted(status.blamed.items()):
+        if not any(node in each.nodes for each in told):
+            yield f"{node} is still blamed, by an earlier diagnosis: {why}"
     if status.restarts:
         yield f"{_count(status.restarts, 'restart')} of all workers"
     if status.checkpoint is not None:

@@ -175,15 +175,20 @@ class RanksFinished:
     ranks: tuple[Rank, ...]
 
 
+FAILED = "the diagnosis failed: "
+
+
 @dataclass(frozen=True)
 class Blamed:
     """A part of the cluster, in words, that a diagnosis takes for a cause, with how often a healthy job would have such
-    a suspect (``p``), and why. ``nodes``: those that it takes in and that show it: no seat shall come there again."""
+    a suspect (``p``), and why. ``nodes``: those that it takes in and that show it: no seat shall come there again.
+    ``ranks``: those that show it."""
 
     element: str
     p: float
     evidence: str
     nodes: tuple[NodeId, ...] = ()
+    ranks: tuple[Rank, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,15 @@ class Diagnosed:
     occasion: str
     blamed: tuple[Blamed, ...]
     undetermined: str
+
+    @property
+    def is_of_slow_ranks(self) -> bool:
+        return self.occasion.startswith("rank ")
+
+    @property
+    def verdict(self) -> str:
+        """For people, where nobody is blamed: no acquittal."""
+        return self.undetermined if self.undetermined.startswith(FAILED) else f"undetermined: {self.undetermined}"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.diagnose.diagnosis import Suspect
+from megatron_flashrecovery.diagnose.elements import Kind
 from megatron_flashrecovery.diagnose.scan import Floats, Scanned
 from megatron_flashrecovery.diagnose.standardization import Standardized
 from megatron_flashrecovery.diagnose.telemetry import Metric
@@ -57,17 +58,25 @@ class Evidence:
     def _sentence(self, element: int, reach: Indices, unusual: npt.NDArray[np.bool_]) -> str:
         inside, counted = reach[unusual[reach]], int(self.scanned.counted.sum())
         outside, others = int(unusual.sum()) - inside.size, counted - reach.size
+        units = "hosts" if self._is_of_hosts else "ranks"
         if not inside.size:
             mean = float(np.mean(np.nan_to_num(self.scanned.summed[self.scanned.length[element]][reach])))
             return (
-                f"none of its {reach.size} ranks is unusual by itself; their mean score is {mean:.2g}, and {outside} "
-                f"of {others} others {_are(outside)} unusual"
+                f"none of its {reach.size} {units} is unusual by itself; their mean score is {mean:.2g}, and "
+                f"{outside} of {others} others {_are(outside)} unusual"
             )
-        whose = f"{inside.size} of {reach.size} ranks of {self.topology.elements[element]}"
+        whose = f"{inside.size} of {reach.size} {units} of {self.topology.elements[element]}"
         if reach.size == 1:
-            whose = f"rank {reach[0]}"
+            own = int(self.topology.device_of[reach[0]])
+            whose = str(self.topology.elements[own]) if self._is_of_hosts else f"rank {reach[0]}"
         doing = self._doing(element, inside, is_one=inside.size == 1)
         return f"{whose} {doing}, and {outside} of {others} others {_are(outside)} unusual"
+
+    @property
+    def _is_of_hosts(self) -> bool:
+        """Whether its ranks are whole hosts (``hosts.of_hosts``)."""
+        own = self.topology.device_of
+        return bool(own.size) and all(k >= 0 and self.topology.elements[k].kind is Kind.HOST for k in own.tolist())
 
     def _doing(self, element: int, inside: Indices, is_one: bool) -> str:
         if self.measured is None:
@@ -77,6 +86,7 @@ class Evidence:
         newest = slice(-self._windows(element), None)
         own = _middle(self.measured.telemetry.values[metric][newest, inside])
         usual = _middle(self.measured.usual[metric][newest, inside])
+        each = " in a window" if self.measured.telemetry.windows > 1 else ""
         end, their = ("s", "its") if is_one else ("", "their")
         match metric:
             case Metric.COMPUTE:
@@ -84,9 +94,9 @@ class Evidence:
             case Metric.LATENESS:
                 return f"come{end} {own:.3g} s after the first, {their} peers {usual:.3g} s"
             case Metric.RETRANSMITS:
-                return f"sent {own:.3g} packets again in a window, {their} peers {usual:.3g}"
+                return f"sent {own:.3g} packets again{each}, {their} peers {usual:.3g}"
             case Metric.ERRORS:
-                return f"{'has' if is_one else 'have'} {own:.3g} errors in a window, {their} peers {usual:.3g}"
+                return f"{'has' if is_one else 'have'} {own:.3g} errors{each}, {their} peers {usual:.3g}"
             case Metric.SILENCE:
                 return f"{'has' if is_one else 'have'} been silent for {own:.3g} s, {their} peers for {usual:.3g} s"
 

@@ -30,9 +30,6 @@ from megatron_flashrecovery.diagnose.topology import Indices, Topology
 from megatron_flashrecovery.diagnose.trial import Trial
 
 Floats = npt.NDArray[np.float64]
-FEWEST_WINDOWS = 3
-"""In which a rank can stand out by itself. In one, a rank stood out at p <= 0.001 in 9 of 600 healthy jobs whose noise
-was that of Student's t with four degrees of freedom; in the sum of five in none."""
 _NORMAL = 1.4826
 _ENOUGH = 8
 """Fewer have no spread that could be measured."""
@@ -72,7 +69,7 @@ def scan(topology: Topology, scores: Scores, trial: Trial) -> Scanned:
         return found
     summed = np.where(np.isfinite(found.summed), found.summed, 0.0)
     strata = np.where(counted, scores.strata, -1)
-    long = [k for k, length in enumerate(trial.lengths(len(scores.values))) if length >= FEWEST_WINDOWS]
+    long = [k for k, length in enumerate(trial.lengths(len(scores.values))) if length >= trial.fewest]
     p = np.minimum(_p_of_standing_out(found, summed, counted, long), _p_of_sums(found, summed, counted, strata, trial))
     return replace(found, p=np.minimum(1.0, 2 * p)[found.reach.of_element])
 

@@ -18,7 +18,7 @@ with all others, is no news, and none of the m.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -34,6 +34,11 @@ FEWEST_WINDOWS = 8
 _NORMAL = 1.4826
 _ENOUGH = 32
 """Deviations that tell a spread by themselves; with fewer it is at least that over all roles."""
+_OF_A_WHOLE = 2.0
+"""Counts vary more than Poisson numbers do: 0 and 2, or 100 and 140, are hardly apart then. With 1, somebody was blamed
+at p <= 0.01 in 16 of 300 healthy jobs of 32 hosts with 0.3 errors each on average, and in 40 of those whose rates
+differ by a gamma distribution of the shape 0.3; with 2 in none, and 2 of 250. It also finds more, for scores are cut
+off, and the others are closer together."""
 _NOTHING = 1e-9
 _GRID = np.linspace(-CAP, CAP, 1201)
 
@@ -49,8 +54,9 @@ class Standardized:
     telemetry: Telemetry
 
 
-def standardize(telemetry: Telemetry, past: Telemetry | None = None) -> Standardized:
-    """``past``: earlier windows of the same ranks, for those without enough peers. O(windows * ranks log ranks).
+def standardize(telemetry: Telemetry, past: Telemetry | None = None, is_whole: bool = False) -> Standardized:
+    """``past``: earlier windows of the same ranks, for those without enough peers. ``is_whole``: a count is one over
+    all the time, so no other window says how far such counts are apart by nature. O(windows * ranks log ranks).
 
     Raises ``ValueError`` if the past is one of another number of ranks."""
     if past is not None and past.roles.shape != telemetry.roles.shape:
@@ -70,6 +76,8 @@ def standardize(telemetry: Telemetry, past: Telemetry | None = None) -> Standard
             distances = _comparable(before, nature) - _median(_comparable(before, nature), axis=0)
         deviation = _comparable(values, nature) - _comparable(expected, nature)
         distances = np.vstack([np.where(has_peers, deviation, np.nan), np.where(has_peers, np.nan, distances)])
+        if nature.is_count and is_whole:
+            nature = replace(nature, absolute=_OF_A_WHOLE)
         spread, scale = _scales(distances, _comparable(expected, nature), strata, nature)
         z[metric], usual[metric] = np.clip(deviation / scale, -CAP, CAP), expected
         is_news[metric] = np.isfinite(deviation) & ((spread > 0) | (deviation != 0))

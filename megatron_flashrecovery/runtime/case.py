@@ -19,7 +19,7 @@ from megatron_flashrecovery.diagnose.diagnosis import Diagnosis, Suspect
 from megatron_flashrecovery.diagnose.hosts import of_hosts
 from megatron_flashrecovery.diagnose.repetition import Throws, find_repeated
 from megatron_flashrecovery.diagnose.standardization import FEWEST_PEERS, Standardized, standardize
-from megatron_flashrecovery.diagnose.telemetry import Telemetry
+from megatron_flashrecovery.diagnose.telemetry import NATURE, Telemetry
 from megatron_flashrecovery.diagnose.topology import Indices, Topology
 from megatron_flashrecovery.diagnose.trial import Trial
 from megatron_flashrecovery.runtime.dossier import OWN_TIME, Dossier, Incident, Sample
@@ -152,8 +152,9 @@ def _of_table(
     if table.of_hosts:
         topology, roles = of_hosts(topology, place), np.zeros(table.values.shape[1], dtype=np.int64)
     before = None if past is None else Telemetry({past.metric: past.values}, roles)
-    found = standardize(Telemetry({table.metric: table.values}, roles), before)
-    diagnosis = locate(topology, found, trial)
+    is_whole = NATURE[table.metric].is_count  # in the period: one window
+    found = standardize(Telemetry({table.metric: table.values}, roles), before, is_whole)
+    diagnosis = locate(topology, found, replace(trial, fewest=1) if is_whole else trial)
     values = found.scores.values
     if table.of_hosts:
         on = [np.flatnonzero(place == host) for host in range(values.shape[1])]

@@ -73,6 +73,7 @@ class Chronicle:
         self._warned: set[str] = set()
         self._waiting: tuple[Epoch, float] | None = None
         self._slow: frozenset[Rank] = frozenset()
+        self._alarmed: set[Rank] = set()
         self._bad: list[BadStep] = []
         self._blamed: dict[str, core.Blamed] = {}
         self._spikes = Spikes()
@@ -126,9 +127,15 @@ class Chronicle:
     def _tell_diagnosis(self, diagnosed: core.Diagnosed) -> None:
         for blamed in diagnosed.blamed:
             self._blamed[blamed.element] = blamed
-            self._say(f"{diagnosed.occasion}: {blamed.element} is to blame (p {blamed.p:.2g}): {blamed.evidence}")
+            evidence = f"(p {blamed.p:.2g}): {blamed.evidence}"
+            if self._alarmed.isdisjoint(blamed.ranks) and self._alarmed and diagnosed.is_of_slow_ranks:
+                # It says nothing of those who were asked for.
+                self._say(f"{diagnosed.occasion}; also conspicuous: {blamed.element} {evidence}")
+            else:
+                self._say(f"{diagnosed.occasion}: {blamed.element} is to blame {evidence}")
         if diagnosed.undetermined:
-            self._say(f"{diagnosed.occasion}: nobody is to be blamed: {diagnosed.undetermined}")
+            self._say(f"{diagnosed.occasion}: {diagnosed.verdict}")
+        self._alarmed = set(self._slow)
 
     def _note_slow(self, slow: Mapping[Rank, str]) -> None:
         if slow.keys() == self._slow:
@@ -137,6 +144,7 @@ class Chronicle:
             self._write(SlowNoted(rank, slow.get(rank)))
             said = f"is slow: {slow[rank]}" if rank in slow else "is not slow any more"
             self._say(f"rank {rank} {said}")
+        self._alarmed |= slow.keys() - self._slow
         self._slow = frozenset(slow)
 
     def remind(self, job: Job, now: float, absent: Sequence[NodeId] = ()) -> None:

@@ -20,9 +20,9 @@ from typing import BinaryIO
 import msgspec
 
 from megatron_flashrecovery import start
-from megatron_flashrecovery.core.ids import NodeId
+from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.job import Job
-from megatron_flashrecovery.core.messages import Blamed, Diagnosed, Event, NodeLost, WorkersLost
+from megatron_flashrecovery.core.messages import FAILED, Blamed, Diagnosed, Event, NodeLost, WorkersLost
 from megatron_flashrecovery.core.occasions import Occasions
 from megatron_flashrecovery.core.phases import Training
 
@@ -44,6 +44,7 @@ class Named:
     p: float
     evidence: str
     nodes: tuple[NodeId, ...]
+    ranks: tuple[Rank, ...]
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,8 @@ class Diagnostician:
     def hear(self, event: Event, now: float) -> None:
         """Whatever the job is told, after it has been told."""
         match event:
-            case WorkersLost(losses=losses):
-                self._occasions.note_incidents(len(losses), now)
-            case NodeLost():
-                self._occasions.note_incidents(1, now)
+            case WorkersLost(node=node) | NodeLost(node=node):
+                self._occasions.note_incident(node, now)
 
     def look(self, job: Job, now: float) -> Diagnosed | None:
         """Again and again. Returns what there is to tell the job, and begins a diagnosis if there is an occasion."""
@@ -158,11 +157,11 @@ class Diagnostician:
             words = _from_the_top(self._complained).decode(errors="replace").strip().splitlines()
             ended = f"it ended with {code}" if code >= 0 else f"it was ended by signal {-code}"
             return self._failed(words[-1][:_LONGEST] if words else ended)
-        blamed = tuple(Blamed(each.element, each.p, each.evidence, each.nodes) for each in answer.blamed)
+        blamed = tuple(Blamed(each.element, each.p, each.evidence, each.nodes, each.ranks) for each in answer.blamed)
         return Diagnosed(self._occasion, blamed, answer.undetermined or "")
 
     def _failed(self, reason: str) -> Diagnosed:
-        return Diagnosed(self._occasion, (), f"the diagnosis failed: {reason}")
+        return Diagnosed(self._occasion, (), f"{FAILED}{reason}")
 
 
 def _from_the_top(output: BinaryIO) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +27,14 @@ from megatron_flashrecovery.runtime.node_messages import DeviceNoted, Heartbeats
 
 _OF_THE_SCRIPT = frozenset({Fault.EXCEPTION, Fault.DEVICE_MEMORY})
 """Where a bug or a model too large comes up says nothing about the place."""
+_MAYBE_OF_OTHERS = frozenset({Fault.DEADLINE, Fault.PLAN_FAILED})
+"""Whoever is named for it may have waited for somebody who is not."""
 _MAYBE_OF_THE_DATA = frozenset({Fault.PROCESS_ENDED, Fault.OUT_OF_MEMORY})
 """A rank that ends so again in the same step got the same data again."""
+LONGEST = 3600.0
+"""Seconds of a time in which somebody was slow: the newest say as much as days."""
+_AROUND = 3600.0
+"""Seconds: what came before is compared with, and counts are told ten minutes late."""
 OWN_TIME = "own time of a step"
 
 
@@ -81,10 +87,36 @@ class Dossier:
         return len(self.node_of)
 
 
-def read_dossier(directory: Path) -> Dossier:
-    """Raises ``RecordDamaged`` if there is no journal of a job that has come to its first step."""
+@dataclass(frozen=True)
+class Alarm:
+    """The newest. ``over``: when this rank was no longer slow; None if it is slow at the end."""
+
+    time: float
+    rank: Rank
+    over: float | None
+
+
+def alarm_of(slow: Sequence[tuple[float, Rank, bool]]) -> Alarm | None:
+    """Of several that became slow one after the other the newest one: then all of them are."""
+    for time, rank, began in reversed(slow):
+        if began:
+            over = (when for when, whose, again in slow if whose == rank and not again and when > time)
+            return Alarm(time, rank, min(over, default=None))
+    return None
+
+
+def read_dossier(directory: Path, last: float | None = None) -> Dossier:
+    """With the measurements of the ``last`` seconds, else around the newest alarm or the end, and an hour more: those
+    of all the days that a large job takes would cost minutes, and gigabytes.
+
+    Raises ``RecordDamaged`` if there is no journal of a job that has come to its first step."""
     reader = _Reader()
-    for line in read_journal(directory / FILE_NAME, _Reader.NAMES):
+
+    def is_told_seldom(name: str, time: float) -> bool:
+        reader.end = max(reader.end, time)
+        return name not in _Reader.OFTEN
+
+    for line in read_journal(directory / FILE_NAME, _Reader.NAMES, is_told_seldom):
         reader.hear(line)
     if not reader.seats:
         raise RecordDamaged(f"{directory / FILE_NAME} does not begin with the start of a job: name a --log-dir")
@@ -92,13 +124,18 @@ def read_dossier(directory: Path) -> Dossier:
         raise RecordDamaged(
             f"{directory / FILE_NAME} has no layout: the job has not come to its first step, or asked for no recovery"
         )
+    start, end = reader.span(last)
+    for line in read_journal(directory / FILE_NAME, _Reader.OFTEN, lambda name, time: start <= time <= end):
+        reader.hear(line)
     return reader.dossier()
 
 
 @dataclass
 class _Reader:
+    OFTEN = frozenset(kind.__name__ for kind in (StepsTimed, NodeMeasured, HeartbeatsLate))
     NAMES = frozenset(
-        {kind.__name__ for kind in (JobStarted, SeatsDescribed, NodePlaced, StepsTimed, NodeMeasured, HeartbeatsLate)}
+        OFTEN
+        | {kind.__name__ for kind in (JobStarted, SeatsDescribed, NodePlaced)}
         | {kind.__name__ for kind in (WorkersLost, NodeLost, RanksHung, OperationsFailed, NumbersBad, PeersDiffered)}
         | {DeviceNoted.__name__, SlowNoted.__name__, "RestartAll", "Park", "_Ended"}
     )
@@ -118,8 +155,17 @@ class _Reader:
     hung: set[tuple[int, Rank]] = field(default_factory=set)
     retried: set[tuple[Rank, Step]] = field(default_factory=set)
 
+    def span(self, last: float | None) -> tuple[float, float]:
+        """Unix times between which measurements may count."""
+        if last is not None:
+            return self.end - last - _AROUND, self.end
+        alarm = alarm_of(self.slow)
+        if alarm is None or alarm.over is None:
+            return (self.end if alarm is None else max(alarm.time, self.end - LONGEST)) - _AROUND, self.end
+        return max(alarm.time, alarm.over - LONGEST) - _AROUND, alarm.over + _AROUND
+
     def hear(self, line: Line) -> None:
-        self.start, self.end = self.start or line.time, line.time
+        self.start, self.end = self.start or line.time, max(self.end, line.time)
         match line.name:
             case "JobStarted":
                 self.seats = dict(decode_as(JobStarted, line).seats)
@@ -153,7 +199,7 @@ class _Reader:
                 for loss in decode_as(WorkersLost, line).losses:
                     if loss.worker not in self.ended:
                         self.ended.add(loss.worker)
-                        is_own = loss.fault not in _OF_THE_SCRIPT and not self._is_again(loss)
+                        is_own = loss.fault not in _OF_THE_SCRIPT | _MAYBE_OF_OTHERS and not self._is_again(loss)
                         yield Incident(time, loss.fault.value, (loss.rank,), loss.cause, is_own)
             case "NodeLost":
                 node = decode_as(NodeLost, line)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, get_args
@@ -26,6 +26,7 @@ from megatron_flashrecovery.core.job import Job, JobConfig
 from megatron_flashrecovery.core.messages import ClockTicked, Command, Event
 
 FILE_NAME = "journal.jsonl"
+_TIME = re.compile(rb'{"time":([^,]*),')
 _NAME = re.compile(rb'"name":"([^"]*)"')
 _RESERVED = frozenset({"kind", "name", "now"})
 _CLASS_NAMED: Mapping[str, type] = {cls.__name__: cls for cls in (*get_args(Event), *get_args(Command))}
@@ -97,34 +98,46 @@ def append_whole(fd: int, line: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def read_journal(path: Path, names: Collection[str] | None = None) -> Iterator[Line]:
+def read_journal(
+    path: Path, names: Collection[str] | None = None, wants: Callable[[str, float], bool] = lambda name, time: True
+) -> Iterator[Line]:
     """Raises ``RecordDamaged`` if any line but the last is not what ``Journal`` writes. With ``names`` only such lines
-    are looked at: the rest of a long journal costs no decoding, and what is damaged is left out."""
+    are looked at, and of these only those whose name and Unix time are wanted: the rest of a long journal costs no
+    decoding, and what is damaged is left out."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         raise RecordDamaged(f"{path} does not exist: name the --log-dir of a run, or wait until it has begun") from None
     with file:
-        yield from _lines(path, file, names)
+        yield from _lines(path, file, names, wants)
 
 
-def _lines(path: Path, file: BinaryIO, names: Collection[str] | None) -> Iterator[Line]:
+def _lines(
+    path: Path, file: BinaryIO, names: Collection[str] | None, wants: Callable[[str, float], bool]
+) -> Iterator[Line]:
     """One at a time: the journal of weeks is larger than memory."""
     for number, text in enumerate(file, start=1):
         if not text.endswith(b"\n"):  # the torn line of a crash
             return
-        if (
-            names is not None
-            and (found := _NAME.search(text)) is not None
-            and found[1].decode(errors="replace") not in names
-        ):
-            continue
+        if names is not None and (found := _NAME.search(text)) is not None:
+            name = found[1].decode(errors="replace")
+            if name not in names or ((time := _time_of(text)) is not None and not wants(name, time)):
+                continue
         try:
             yield _line(msgspec.json.decode(text, type=dict[str, Any]))
         except (msgspec.DecodeError, KeyError, TypeError) as error:
             if names is not None:
                 continue
             raise RecordDamaged(f"{path} line {number} is not a line of a journal: {error}") from error
+
+
+def _time_of(text: bytes) -> float | None:
+    """Of the head of a line; None if it is damaged."""
+    found = _TIME.match(text)
+    try:
+        return None if found is None else float(found[1])
+    except ValueError:
+        return None
 
 
 def decode_message(line: Line) -> Event | Command:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megatron_flashrecovery.core.slowness import WINDOWS
 from megatron_flashrecovery.diagnose.telemetry import NATURE, Metric
-from megatron_flashrecovery.runtime.dossier import OWN_TIME, Dossier, Sample
+from megatron_flashrecovery.runtime.dossier import LONGEST, OWN_TIME, Dossier, Sample, alarm_of
 
 Values = npt.NDArray[np.float64]
 _MOST_WINDOWS = 16
@@ -49,19 +49,18 @@ class Measured:
 
 def period_of(dossier: Dossier, last: float | None = None) -> Period:
     """The ``last`` seconds of the record; else the newest time in which somebody was slow, with the windows that led to
-    the alarm; else the last ten minutes."""
+    the alarm, or its last hour; else the last ten minutes."""
     if last is not None:
         return Period(dossier.end - last, dossier.end)
-    if (alarm := next(((time, rank) for time, rank, began in reversed(dossier.slow) if began), None)) is None:
+    if (alarm := alarm_of(dossier.slow)) is None:
         return Period(max(dossier.start, dossier.end - _RECENT), dossier.end)
-    # Of several that became slow one after the other the newest one: then all of them are.
-    time, rank = alarm
-    over = (when for when, whose, began in dossier.slow if whose == rank and not began and when > time)
+    time, rank = alarm.time, alarm.rank
     told = [each.time for each in dossier.samples if each.label == OWN_TIME and rank in each.values]
     before = [when for when in told if when <= time][-WINDOWS - 1 :]
     # What is told at the very end of a window belongs to it.
     newest = max((each.time for each in dossier.samples if each.label == OWN_TIME), default=time)
-    return Period(before[0] if before else time - WINDOWS, max(time, min([*over, newest])))
+    end = max(time, newest if alarm.over is None else min(alarm.over, newest))
+    return Period(max(before[0] if before else time - WINDOWS, end - LONGEST), end)
 
 
 def tables_of(

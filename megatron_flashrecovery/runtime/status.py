@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
 from megatron_flashrecovery.core.messages import Diagnosed
 from megatron_flashrecovery.core.waiting import whom_for
 from megatron_flashrecovery.runtime.journal import FILE_NAME, Line, decode_as, read_journal
@@ -54,7 +54,7 @@ class LastRecovery:
 @dataclass(frozen=True)
 class Status:
     """``phase`` is ``waiting for the nodes``, one of the core's phases in lower case, ``ended`` or ``died``. Times are
-    Unix time, in seconds."""
+    Unix time, in seconds. ``diagnosis`` is the newest, ``blamed`` says of all nodes that any has blamed what for."""
 
     phase: str
     since: float
@@ -75,6 +75,7 @@ class Status:
     easing: Mapping[Rank, int] = field(default_factory=dict)
     """Of the slow ones: for how many looks in a row they were not."""
     diagnosis: Diagnosed | None = None
+    blamed: Mapping[NodeId, str] = field(default_factory=dict)
     failure: str | None = None
     launcher: LauncherNoted | None = None
 
@@ -122,6 +123,7 @@ def status_of(directory: Path) -> Status:
         slow=dict(job.own_times.slow),
         easing=job.own_times.easing(),
         diagnosis=job.diagnosis,
+        blamed=dict(job.blamed),
         failure=None if end is None else str(end.body["failure"]),
         last_word=max(lines[-1].time, step_time or 0.0),
         launcher=launcher,

@@ -11,10 +11,10 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.diagnose.assembly import assemble
 from megatron_flashrecovery.diagnose.cluster import Cluster, Place, Placement
 from megatron_flashrecovery.diagnose.communicators import communicators_of
+from megatron_flashrecovery.diagnose.description import read_description
 from megatron_flashrecovery.diagnose.host_names import guess_racks
 from megatron_flashrecovery.diagnose.slurm import cluster_of_addresses, parse_topology
 from megatron_flashrecovery.diagnose.topology import Topology
-from megatron_flashrecovery.diagnose.topology_file import parse_topology_file
 from megatron_flashrecovery.runtime.dossier import Dossier
 
 _ASK = ("scontrol", "show", "topology")
@@ -43,13 +43,7 @@ def placement_of(dossier: Dossier) -> Placement:
 
 
 def _described(file: Path, hosts: tuple[str, ...]) -> tuple[Cluster, str]:
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--topology {file} cannot be read: {error}") from None
-    # What SLURM itself reads is called so.
-    is_slurm = file.suffix == ".conf"
-    cluster = parse_topology(text, str(file)) if is_slurm else parse_topology_file(text, str(file))
+    cluster = read_description(file)
     known = _known(cluster, hosts)
     if not known:
         raise ConfigError(f"--topology {file} knows none of the hosts of this job, as {hosts[0]}: name them as they do")

@@ -101,6 +101,7 @@ def test_several_faults_may_be_injected():
         pytest.param(["--drain-timeout", "soon", "{script}"], "--drain-timeout", id="no-seconds"),
         pytest.param(["--drain-timeout", "1", "{script}"], "is not longer than --heartbeat-timeout", id="deadlines"),
         pytest.param(["--rdzv-endpoint", "a:1", "--master-addr", "b", "{script}"], "give one of them", id="twice"),
+        pytest.param(["--topology", "{script}", "{script}"], "train.py line 1 column 1 is no JSON", id="topology"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(argv, says, tmp_path, monkeypatch, capsys):
@@ -157,6 +158,12 @@ def test_only_a_run_imports_torch():
     code = "import sys; from megatron_flashrecovery import cli; cli.main(['plan', '--world-size', '0']); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_a_topology_is_parsed_without_what_a_diagnosis_imports():
+    imports = "import sys, megatron_flashrecovery.diagnose.description; print(*sys.modules, sep='\\n')"
+    modules = subprocess.run([sys.executable, "-c", imports], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"numpy", "torch", "scipy", "matplotlib"} & set(modules)
 
 
 def test_hooks_wait_for_the_framework_only_if_the_script_is_given_the_flag():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from dataclasses import replace
 from io import StringIO
 
@@ -25,9 +27,9 @@ from tests.core.jobs import CONFIG, SEATS, A, B, described, executed, lost, read
 class Run:
     """The records of a job, as its controller writes them."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, out=sys.stderr):
         self.directory = directory
-        self.chronicle = Chronicle(LaunchConfig(script="train.py", nproc_per_node=4, log_dir=directory))
+        self.chronicle = Chronicle(LaunchConfig(script="train.py", nproc_per_node=4, log_dir=directory), out)
         self._job = Job(CONFIG, Seats(SEATS))
         self._now = 0.0
         self.chronicle.begin(self._job, self._now)
@@ -170,10 +172,30 @@ def test_a_directory_without_a_run_is_bad_input(tmp_path, capsys):
     assert "journal.jsonl does not exist: name the --log-dir of a run, or" in capsys.readouterr().err
 
 
-def test_who_is_to_blame_by_the_newest_diagnosis_is_said(run, capsys):
+def test_who_is_blamed_stays_so_whatever_later_diagnoses_say(run, capsys):
     run.train().tell(Diagnosed("rank 3 is slow", (Blamed("host n1", 0.002, "its ranks are slow", (B,)),), ""))
-    assert "to blame: host n1 (p 0.002): its ranks are slow" in run.status(capsys)[1]
-    run.tell(Diagnosed("3 incidents so far", (), "nothing stands out"))
     _, said = run.status(capsys)
-    assert "3 incidents so far; nobody is to be blamed: nothing stands out" in said
-    assert "host n1" not in said
+    assert "to blame: host n1 (p 0.002): its ranks are slow" in said
+    assert "still blamed" not in said
+    still = f"{B} is still blamed, by an earlier diagnosis: host n1, its ranks are slow"
+    run.tell(Diagnosed("3 incidents so far", (), "nothing stands out"))
+    assert f"3 incidents so far: undetermined: nothing stands out\n{still}" in run.status(capsys)[1]
+    run.tell(Diagnosed("5 incidents so far", (), "the diagnosis failed: it was ended by signal 9"))
+    assert f"5 incidents so far: the diagnosis failed: it was ended by signal 9\n{still}" in run.status(capsys)[1]
+
+
+def test_what_has_no_slow_rank_is_not_told_as_the_reason_of_slow_ranks(tmp_path):
+    out = io.StringIO()
+    run = Run(tmp_path, out).train()
+    for step in range(1, 6):
+        run.tell(StepsTimed(A, 0, step, {0: 0.1, 1: 0.1}, {}), StepsTimed(B, 0, step, {2: 0.1, 3: 0.4}, {}))
+    blamed = (
+        Blamed("device n1/1", 0.001, "it computes long", (B,), (3,)),
+        Blamed("leaf switch leaf1", 0.002, "errors", (A,), (0, 1)),
+    )
+    run.tell(Diagnosed("rank 3 is slow", blamed, ""), Diagnosed("5 incidents so far", blamed[1:], ""))
+    assert out.getvalue().splitlines()[-3:] == [
+        "flashrecovery: rank 3 is slow: device n1/1 is to blame (p 0.001): it computes long",
+        "flashrecovery: rank 3 is slow; also conspicuous: leaf switch leaf1 (p 0.002): errors",
+        "flashrecovery: 5 incidents so far: leaf switch leaf1 is to blame (p 0.002): errors",
+    ]

@@ -45,6 +45,15 @@ def test_what_was_counted_of_hosts_is_judged_among_hosts(tmp_path):
     assert (accused.name, accused.line) == ("host gpu07", "errors of network interfaces")
     assert (accused.hosts, accused.nodes) == (("gpu07",), ("node7",))
     assert accused.suspects[0].ranks == (14, 15)
+    assert accused.suspects[0].evidence == "host gpu07 has 900 errors, its peers 3, and 0 of 39 others are unusual"
+
+
+def test_what_was_counted_of_a_device_is_judged_among_ranks(tmp_path):
+    records = Records(tmp_path, hosts=16, devices=4, tensor=4).train(10)
+    records.write("note", NodeMeasured(records.node(5), 10.0, {"device.0000:12:00.ecc_uncorrected": 100_000}))
+    (accused,) = case_of(records.train(10)).accused
+    assert (accused.name, accused.line) == ("device gpu05/2", "ecc uncorrected of devices")
+    assert accused.evidence.split(": ")[1].startswith("rank 22 has 1e+05 errors, its peers 0")
 
 
 def test_the_more_lines_there_are_the_surer_each_must_be(records):

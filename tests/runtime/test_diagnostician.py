@@ -16,7 +16,7 @@ from megatron_flashrecovery.runtime.diagnostician import Diagnostician
 from tests.core.jobs import A, draining_job, lost, training_job
 
 ANSWER = {
-    "blamed": [{"element": "host n1", "p": 0.002, "evidence": "it is slow", "nodes": ["node1"], "score": 4.0}],
+    "blamed": [{"element": "host n1", "p": 0.002, "evidence": "it is slow", "nodes": ["node1"], "ranks": [3]}],
     "undetermined": None,
     "lines": [],
 }
@@ -49,7 +49,7 @@ def heard(it: Diagnostician, now: float = BEGIN + 1) -> Diagnosed:
 def test_what_it_says_is_told_to_the_job():
     with diagnostician(f"print({json.dumps(ANSWER)!r})") as it:
         assert heard(it) == Diagnosed(
-            "rank 3 is slow", (Blamed("host n1", 0.002, "it is slow", (NodeId("node1"),)),), ""
+            "rank 3 is slow", (Blamed("host n1", 0.002, "it is slow", (NodeId("node1"),), (3,)),), ""
         )
 
 
@@ -96,7 +96,7 @@ def test_one_that_does_not_even_die_is_waited_for_by_nobody_and_has_no_other_bes
         kill, process.kill = process.kill, lambda: None  # in an uninterruptible wait it makes no difference
         assert it.look(training_job(), BEGIN + 5.0) is not None
         for life in (1, 2, 3):
-            it.hear(lost(A, 1, life=life), BEGIN + 6.0)
+            it.hear(lost(A, 1, life=life), BEGIN + 20.0 * life)
         assert it.look(training_job(), BEGIN + 6.0 + EVERY) is None
         assert it._process is None
         kill()
@@ -131,7 +131,7 @@ def test_there_is_one_at_a_time_and_not_again_at_once():
         heard(it)
         job = training_job()
         for life in (1, 2, 3):
-            it.hear(lost(A, 1, life=life), BEGIN + 2)
+            it.hear(lost(A, 1, life=life), BEGIN + 20 * life)
         assert it.look(job, BEGIN + EVERY) is None
         assert it._process is None
         assert it.look(job, BEGIN + 1 + EVERY) is None
@@ -143,6 +143,6 @@ def test_while_ranks_stop_none_begins():
     it = Diagnostician(Path("logs"), None, {}, (sys.executable, "-c", ""))
     it.look(training_job(), 0.0)
     for life in (1, 2, 3):
-        it.hear(lost(A, 1, life=life), 50.0)
+        it.hear(lost(A, 1, life=life), 20.0 * life)
     assert it.look(draining_job(1), 100.0) is None
     assert it._process is None

@@ -11,9 +11,12 @@ from megatron_flashrecovery.core.job import JobConfig
 from megatron_flashrecovery.core.messages import Loss, NodeLost, OperationsFailed, Park, RanksHung, WorkersLost
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.diagnose.telemetry import Metric
+from megatron_flashrecovery.runtime import dossier as dossier_module
 from megatron_flashrecovery.runtime.case import strikes_of
+from megatron_flashrecovery.runtime.chronicle import SlowNoted
 from megatron_flashrecovery.runtime.dossier import OWN_TIME, read_dossier
 from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Journal
+from megatron_flashrecovery.runtime.measured import Period, period_of
 from megatron_flashrecovery.runtime.node_messages import DeviceNoted, HeartbeatsLate, NodeMeasured
 from tests.diagnose.recorded import START, Records
 
@@ -117,6 +120,46 @@ def test_to_end_again_in_the_same_step_speaks_against_no_place_for_the_data_is_t
         loss = Loss(Rank(3), WorkerId(f"rank3.{life}"), "killed by SIGSEGV", Epoch(0), at, fault=fault)
         records.write("event", WorkersLost(NODE, (loss,)))
     assert [each.is_own for each in read_dossier(records.directory).incidents] == [True, False, True, True, True, True]
+
+
+def test_who_is_named_for_what_others_may_have_done_is_no_incident_of_a_place(records):
+    records.lose(1, fault=Fault.DEADLINE).lose(2, fault=Fault.PLAN_FAILED)
+    assert strikes_of(read_dossier(records.directory)) == []
+
+
+def test_measurements_of_days_are_left_in_the_journal_and_those_that_count_are_not(records, monkeypatch):
+    records.train(20).train(10, {2: 2.0}).name_slow(2)
+    alarm = records.now
+    records.now += 7 * 3600
+    records.train(700)
+    decoded = []
+    real = dossier_module.decode_as
+
+    def counting(cls, line):
+        decoded.append(line.time)
+        return real(cls, line)
+
+    monkeypatch.setattr(dossier_module, "decode_as", counting)
+    whole = read_dossier(records.directory)
+    assert whole.end == records.now
+    assert sum(time < records.now - 2 * 3600 for time in decoded) < 20
+    times = {each.time for each in read_dossier(records.directory, last=8 * 3600.0).samples}
+    assert min(times) == START + 1
+    assert period_of(whole) == Period(records.now - 3600, records.now)
+    records.write("note", SlowNoted(Rank(2), None))
+    records.name_slow(3)
+    records.write("note", SlowNoted(Rank(3), None))
+    assert alarm < min(each.time for each in read_dossier(records.directory).samples)
+
+
+def test_a_time_in_which_somebody_was_slow_is_read_though_it_is_long_over(records):
+    records.train(20).train(10, {2: 2.0}).name_slow(2).train(5)
+    over = records.now
+    records.write("note", SlowNoted(Rank(2), None))
+    records.now += 7 * 3600
+    dossier = read_dossier(records.train(10).directory)
+    assert (dossier.samples[0].time, dossier.samples[-1].time) == (START + 1, over)
+    assert (dossier.end, period_of(dossier).end) == (records.now, over)
 
 
 def test_alarms_begin_and_end(records):

@@ -88,7 +88,9 @@ def test_a_summary_has_the_fields_that_others_script_against(tmp_path):
             }
         ],
         # New with diagnoses: whom they have named while the job went on.
-        "blamed": [{"element": "host n1", "p": 0.002, "evidence": "its ranks are slow", "nodes": ["node1"]}],
+        "blamed": [
+            {"element": "host n1", "p": 0.002, "evidence": "its ranks are slow", "nodes": ["node1"], "ranks": []}
+        ],
         # New with failed runs that say so: how it ended, why, and every epoch, also one that never went on.
         "outcome": "stopped",
         "reason": "no room",

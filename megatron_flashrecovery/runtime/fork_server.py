@@ -142,6 +142,11 @@ def _a_fork_can_use_cuda() -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+_FOR_OTHERS = frozenset({signal.SIGTERM, signal.SIGINT})
+"""A terminal and a scheduler send these to all processes of a job, and workers may make use of them (a checkpoint):
+their server must not end before they do. It goes when its agent closes the channel."""
+
+
 def _serve(channel: Channel) -> tuple[int, int] | None:
     """Fork on request until the agent is gone. In a forked child, returns what it inherits: socket and output file."""
     wake, notify = os.pipe()
@@ -149,6 +154,7 @@ def _serve(channel: Channel) -> tuple[int, int] | None:
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_OTHERS)
     workers: set[int] = set()
     while True:
         ready, _, _ = select.select([channel.fileno(), wake], [], [])
@@ -188,6 +194,7 @@ def _become_worker(worker_socket: int, output: int) -> None:
     os.setpgid(0, 0)  # so that its own children can be ended with it
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_OTHERS)  # what has come since the fork comes now
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)

@@ -219,6 +219,28 @@ def test_who_is_slow_to_end_is_waited_for_with_a_word(
     assert pool.living == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_for_all_processes_of_a_job_ends_workers_only(tmp_path: Path, number: signal.Signals) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(ENDING)
+    pool = Workers(str(script), tmp_path / "logs", dict(os.environ), preload=True)
+    try:
+        pool.wait_for_server(30.0)
+        worker = pool.start("w.log")
+        pid = wait_for_pid(pool, worker)
+        (server,) = (process.pid for process in psutil.Process().children() if pid in _children(process))
+        os.kill(server, number)
+        os.kill(pid, signal.SIGTERM)
+        assert wait_for_end(pool).cause == "killed by SIGTERM"
+        assert wait_for_pid(pool, pool.start("another.log")) in _children(psutil.Process(server))
+    finally:
+        pool.close(grace=2.0)
+
+
+def _children(process: psutil.Process) -> list[int]:
+    return [child.pid for child in process.children()]
+
+
 def test_a_fork_server_that_has_just_ended_costs_no_start(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(ENDING)

@@ -1,4 +1,4 @@
-"""Start a worker without a fork server: ``python -m megatron_flashrecovery.runtime.cold_worker FD PARENT HOOK...``.
+"""Start a worker without a fork server: FD PARENT HOOK... are given by the agent (``start.command``).
 
 PARENT is the process id of the launcher.
 """

@@ -5,8 +5,8 @@ stands outside ``if __name__ == "__main__"`` is done in advance. It must stay si
 and without having initialised CUDA, or a fork of it may hang or crash much later: it checks that, and refuses to serve
 when it does not hold.
 
-Started by the agent as ``python -m megatron_flashrecovery.runtime.fork_server FD SCRIPT HOOK...``; FD is its end of a
-socket pair, and each HOOK (``module:function``) is called before the script is loaded.
+Started by the agent (``start.command``) with FD SCRIPT HOOK...; FD is its end of a socket pair, and each HOOK
+(``module:function``) is called before the script is loaded.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -152,29 +153,35 @@ def test_a_file_is_replaced_as_a_whole_and_nothing_is_left_beside_it(tmp_path):
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"file": "new"}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file of this process grows beyond 64 bytes: what is written there is cut off, as by a full disk."""
+    """No file of this process grows beyond 64 bytes: what is written there is cut off, as by a full disk.
+
+    Not a fixture: pytest prints a test's outcome before its fixtures end, and its own output may be a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_beside_it(tmp_path, small_files):
+def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_beside_it(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(OSError, match="too large"):
+    with small_files(), pytest.raises(OSError, match="too large"):
         replace_file(path, b"new" * 100)
     assert {found.name: found.read_text() for found in tmp_path.iterdir()} == {"file": "old"}
 
 
-def test_a_line_that_does_not_fit_leaves_none_of_it(tmp_path, small_files):
+def test_a_line_that_does_not_fit_leaves_none_of_it(tmp_path):
     fd = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    append_whole(fd, b"a line that fits\n")
-    with pytest.raises(OSError, match="No space"):
-        append_whole(fd, b"x" * 100 + b"\n")
-    append_whole(fd, b"another\n")
+    with small_files():
+        append_whole(fd, b"a line that fits\n")
+        with pytest.raises(OSError, match="No space"):
+            append_whole(fd, b"x" * 100 + b"\n")
+        append_whole(fd, b"another\n")
     os.close(fd)
     assert (tmp_path / "file").read_text() == "a line that fits\nanother\n"
 

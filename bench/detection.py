@@ -1,6 +1,9 @@
 """How long it takes until a fault is seen: from the moment at which a rank says that it will do it to itself, to the
 new epoch that the controller opens for it. Ten of each kind in one run of the toy job of four ranks.
 
+Before a process that the out-of-memory killer has chosen is seen to have ended, the kernel must have freed its memory.
+The table says how long that takes, with nothing else going on.
+
 A hang is seen when it is longer than a limit that the run has learnt; of that the table shows what comes on top. The
 toy's steps take milliseconds, so its limit is the least that there is. A slow rank is named after some steps in a row:
 the table counts them, for steps of a second.
@@ -12,6 +15,8 @@ costs a rank to say in its page what it waits in.
 
 from __future__ import annotations
 
+import os
+import select
 import statistics
 import subprocess
 import sys
@@ -38,6 +43,8 @@ ENDS = ("kill", "segv", "abort", "SIGBUS", "SIGFPE", "exception", "exit", "oom")
 HANGS = ("stop", "loop", "gil", "hang_collective")
 LIMIT_NBYTES = 3 << 29
 """Of the control group in which the fault ``oom`` happens."""
+VICTIM_NBYTES = 5 << 28
+"""What the killer's victim has by then."""
 CALM_STEPS = 2000
 CALM = (
     *("--steps", str(CALM_STEPS), "--report", "--slow-first", "1.0"),
@@ -70,6 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, busy_cores():
         samples["said to hang"], samples["said to be slow"] = ([float(n)] for n in false_alarms(Path(directory)))
     samples["page"] = page_seconds()
+    samples["large"] = [end_of_a_large_process() for _ in range(TIMES)]
     write("detection", figures(samples), samples)
 
 
@@ -78,6 +86,8 @@ def figures(samples: Samples) -> list[Figure]:
     for kind in (kind for kind in ENDS if kind in samples):
         found.append(Figure(f"detection of {kind}, median of {TIMES}", statistics.median(samples[kind]), "s"))
         found.append(Figure(f"detection of {kind}, worst", max(samples[kind]), "s", at_most=0.2))
+    large = f"end of a process of {VICTIM_NBYTES / (1 << 30):g} GiB, in the kernel, median of {TIMES}"
+    found.append(Figure(large, statistics.median(samples["large"]), "s"))
     for kind in HANGS:
         beyond = [seconds - _LIMIT for seconds in samples[kind]]
         what = f"detection of {kind}, beyond the learnt limit of {_LIMIT:g} s"
@@ -153,6 +163,21 @@ def page_seconds(number: int = 5000, times: int = 20) -> list[float]:
     with pulse.doing(STEP, Step(1)):
         found = timeit.repeat(enter_and_leave, number=number, repeat=times, timer=time.process_time)
     return [seconds / number for seconds in found]
+
+
+def end_of_a_large_process() -> float:
+    """From SIGKILL until it can be reaped."""
+    filled = f"taken = b'x' * {VICTIM_NBYTES}; print(flush=True); import time; time.sleep({_TIMEOUT})"
+    with subprocess.Popen([sys.executable, "-c", filled], stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        watched = os.pidfd_open(process.pid)
+        killed = time.monotonic()
+        process.kill()
+        select.select([watched], [], [])
+        ended = time.monotonic()
+        os.close(watched)
+    return ended - killed
 
 
 @contextmanager

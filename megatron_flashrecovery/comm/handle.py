@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, Severed
+from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, Severed, sever_together
 from megatron_flashrecovery.comm.counterpart import counterpart, device_of, trace_of
 from megatron_flashrecovery.comm.delegation import generate, put_on_face
 from megatron_flashrecovery.comm.ledger import Ledger
@@ -100,7 +100,16 @@ class FlashGroup(dist.ProcessGroup):
             if self.replay is not None or self.destroyed:
                 state = "was destroyed" if self.destroyed else "has no communicator while its rank is joining"
                 raise NotConnected(f"group {self.identity.key} {state}")
-            communicator = self.communicator = self._make(self)
+            communicator = self.adopt(self._make(self))
+        return communicator
+
+    def adopt(self, communicator: Communicator) -> Communicator:
+        """It is ours from now on. Raises ``Severed`` if that was ordered while it was made: whoever orders looks for a
+        communicator after saying so, and we the other way round, so one of us sees the other."""
+        self.communicator = communicator
+        if (reason := self.severed) is not None:
+            sever_together([communicator], reason)
+            raise Severed(reason)
         return communicator
 
     def abort(self) -> None:

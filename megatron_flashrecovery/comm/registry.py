@@ -22,6 +22,7 @@ from megatron_flashrecovery.comm.nccl_communicator import NcclTransport
 from megatron_flashrecovery.comm.parking import Parking
 from megatron_flashrecovery.comm.recording import Recorder, Replay
 from megatron_flashrecovery.comm.rendezvous import meet
+from megatron_flashrecovery.comm.set_up import SetUp
 from megatron_flashrecovery.comm.startup_record import StartupRecord
 from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Watch, Whereabouts
@@ -65,6 +66,7 @@ class GroupRegistry:
         self._same_ranks: Counter[tuple[Rank, ...]] = Counter()
         self._whereabouts = Whereabouts(watch)
         self._rest_of_start: dict[GroupKey, Replay] = {}
+        self._set_up = SetUp(store)
         self._installation = Installation(self)
 
     def install(self) -> None:
@@ -281,6 +283,9 @@ class GroupRegistry:
     def _make(self, group: FlashGroup) -> Communicator:
         store = self._store_of(group)
         meet(store, group.identity.size, lambda: group.severed, self._timeout)
+        # At the start of a job the loss of a member ends it for all.
+        if self._epoch > self._start_epoch and all(name == "gloo" for _, name in group.identity.backends):
+            return self._set_up.make(group.identity, self._prefix_of(group), lambda: group.severed)
         return Communicator(group.identity, store)
 
     def _connect(self, group: FlashGroup, eagerly: bool = True) -> None:
@@ -291,13 +296,16 @@ class GroupRegistry:
             group.tree = group.tree or Tree(group.identity.rank, group.identity.size, self._timeout)
             group.tree.relink(self._store_of(group), int(self._epoch))
         elif group.identity.size > 1:
-            group.communicator = self._make(group)
+            communicator = group.adopt(self._make(group))
             if eagerly:
-                group.communicator.connect()
+                communicator.connect()
         group.ledger.begin()
 
     def _store_of(self, group: FlashGroup) -> Store:
-        return PrefixStore(f"{self._epoch}/{group.identity.key}", self._store)
+        return PrefixStore(self._prefix_of(group), self._store)
+
+    def _prefix_of(self, group: FlashGroup) -> str:
+        return f"{self._epoch}/{group.identity.key}"
 
 
 def _stream_beside(matches: Sequence[Match]) -> AbstractContextManager[object]:

@@ -1,0 +1,78 @@
+"""Gloo's own set-up, which nobody can free from outside, done where it may be left behind.
+
+All members have met when it begins, and it takes milliseconds; but a member may die in them. Then the others wait in
+it until the timeout, each with the lock of its connection to the store: no order would be heard, and no key be read. So
+it runs in a thread, with a connection that nobody else uses. Whoever is told that the group is severed goes away, and
+what is left behind ends by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, Severed
+
+_LOOK = 0.02
+
+
+@dataclass
+class _Result:
+    is_over: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    made: Communicator | None = None
+    error: Exception | None = None
+    is_abandoned: bool = False
+
+
+class SetUp:
+    """Of one rank; its methods are for the main thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._shared = store
+        self._own: Store | None = None
+
+    def make(self, identity: GroupIdentity, prefix: str, severed: Callable[[], str | None]) -> Communicator:
+        """Raises ``Severed`` with what ``severed`` says, if it says something meanwhile, and ``RuntimeError`` if the
+        others do not connect."""
+        # Here: a rank that never takes part in a recovery needs no second connection.
+        own = self._own = self._own or self._shared.clone()  # type: ignore[attr-defined]  # missing in torch's stub
+        result = _Result()
+        thread = threading.Thread(
+            target=_make, args=(identity, PrefixStore(prefix, own), result), name="flashrecovery-connect", daemon=True
+        )
+        thread.start()
+        while not result.is_over.wait(_LOOK):
+            reason = severed()
+            if reason is not None and _abandon(result):
+                self._own = None  # the thread may be inside of it for as long as it waits
+                raise Severed(reason)
+        if result.error is not None:
+            raise result.error
+        assert result.made is not None
+        return result.made
+
+
+def _make(identity: GroupIdentity, store: Store, result: _Result) -> None:
+    try:
+        made = Communicator(identity, store)
+    except Exception as error:  # for whoever waits; a thread has nobody else to tell
+        result.error = error
+        result.is_over.set()
+        return
+    with result.lock:
+        if not result.is_abandoned:
+            result.made = made
+    result.is_over.set()
+    if result.made is None:
+        made.close()
+
+
+def _abandon(result: _Result) -> bool:
+    """Unless it has just been made: then it is severed as any other is."""
+    with result.lock:
+        result.is_abandoned = result.made is None and result.error is None
+        return result.is_abandoned

@@ -95,9 +95,9 @@ def measure_unknown(samples: Samples) -> None:
 
 def measure_healthy(samples: Samples) -> None:
     for shape, jobs in ((SHAPES[0], _HEALTHY), (_MIDDLE, _HEALTHY_LARGE)):
-        for noise in Noise:
+        for number, noise in enumerate(Noise):
             for seed in range(jobs):
-                cluster, rng = Cluster.of(shape, seed), np.random.default_rng((seed, 300))
+                cluster, rng = Cluster.of(shape, seed), np.random.default_rng((seed, 300, number))
                 scores = planted_faults.scores(cluster, [], 0.0, WINDOWS, noise, rng)
                 for method, answer in answers(cluster.topology, scores, ("scan", "gbgp", "product")):
                     name = f"{shape.devices}, healthy, {noise} noise, {method}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.diagnose.elements import Element
@@ -33,3 +33,12 @@ class Diagnosis:
     method: str
     faults: tuple[tuple[Suspect, ...], ...] = ()
     region: tuple[Rank, ...] = ()
+
+    def counted(self, share: float) -> Diagnosis:
+        """With p as it is if this was tried at a ``share`` of the level only, because others were or will be, too."""
+
+        def one(suspect: Suspect) -> Suspect:
+            return replace(suspect, p=min(1.0, suspect.p / share))
+
+        faults = tuple(tuple(map(one, fault)) for fault in self.faults)
+        return replace(self, suspects=tuple(map(one, self.suspects)), faults=faults)

@@ -43,8 +43,8 @@ class Search:
     hosts: Look = _HOSTS
     ranks: Look = _RANKS
     moments: int = 1
-    permutations: int = 249
-    level: float = 0.004
+    permutations: int = 499
+    level: float = 0.002
     most: int = 5
     seconds: float = 60.0
     seed: int = 0

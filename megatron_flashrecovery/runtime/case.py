@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_flashrecovery.core.ids import NodeId, Rank
+from megatron_flashrecovery.core.occasions import share_of_look
 from megatron_flashrecovery.diagnose.communicators import stages_of
 from megatron_flashrecovery.diagnose.diagnosis import Diagnosis, Suspect
 from megatron_flashrecovery.diagnose.hosts import of_hosts
@@ -104,8 +105,7 @@ def diagnose(
     trial = Trial(each_level, max(2000, math.ceil(4 / each_level)))
     lines = [_of_table(each, past.get(each.label), topology, place, roles, trial, locate) for each in tables]
     if struck:
-        throws = Throws(max(999, math.ceil(2 / each_level)), each_level)
-        found = find_repeated(topology, place, struck, throws)
+        found = repeated(topology, place, struck, each_level)
         lines.append(Line(INCIDENTS, found, _numbers(struck, dossier.world), "incidents"))
     accused = sorted(_accused(dossier, lines, number), key=lambda each: each.p)
     if not accused and dossier.world < _FEW:
@@ -130,6 +130,13 @@ def strikes_of(dossier: Dossier) -> list[tuple[Rank, ...]]:
             if rank not in ranks:
                 ranks.append(rank)
     return [tuple(sorted(ranks)) for ranks in found]
+
+
+def repeated(topology: Topology, place: Indices, struck: Sequence[Sequence[Rank]], level: float) -> Diagnosis:
+    """What comes again is looked at again, so this look has its share of the level only."""
+    share = share_of_look(len(struck))
+    throws = Throws(max(999, math.ceil(2 / (level * share))), level * share)
+    return find_repeated(topology, place, struck, throws).counted(share)
 
 
 def _own(incidents: Iterable[Incident]) -> Iterable[Incident]:

@@ -16,6 +16,7 @@ from megatron_flashrecovery.diagnose.trial import Trial
 from megatron_flashrecovery.runtime.case import Locate
 
 _LEAST_SECONDS = 0.5
+_HALF = 0.5
 _PERMUTATIONS = Search().permutations
 
 
@@ -25,12 +26,12 @@ def within(seconds: float, clock: Callable[[], float] = time.monotonic) -> Locat
     end = clock() + seconds
 
     def locate(topology: Topology, measured: Standardized, trial: Trial) -> Diagnosis:
-        half = trial.level / 2
+        half = trial.level * _HALF
         search = Search(
             level=half,
             permutations=max(_PERMUTATIONS, math.ceil(1 / half)),
             seconds=max(_LEAST_SECONDS, end - clock()),
         )
-        return localize(topology, measured.scores, replace(trial, level=half), measured, search)
+        return localize(topology, measured.scores, replace(trial, level=half), measured, search).counted(_HALF)
 
     return locate

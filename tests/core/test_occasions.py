@@ -1,7 +1,14 @@
 """When a diagnosis is worth its time."""
 
 from megatron_flashrecovery.core.ids import NodeId
-from megatron_flashrecovery.core.occasions import EVERY, LEAST_INCIDENTS, SETTLED_AFTER, SETTLED_WITHIN, Occasions
+from megatron_flashrecovery.core.occasions import (
+    EVERY,
+    LEAST_INCIDENTS,
+    SETTLED_AFTER,
+    SETTLED_WITHIN,
+    Occasions,
+    share_of_look,
+)
 
 
 def training():
@@ -91,3 +98,10 @@ def test_one_follows_another_only_after_a_while():
     lose(occasions, 2, 131.0)
     assert occasions.look(True, 130.0 + EVERY - 0.1) is None
     assert occasions.look(True, 130.0 + EVERY) == "5 incidents so far"
+
+
+def test_each_look_at_more_incidents_has_a_smaller_share_of_the_level():
+    at = (3, 5, 8, 12, 18, 27, 41)  # as looked at, see above
+    assert [round(1 / share_of_look(number)) for number in at] == [2, 3, 4, 5, 6, 7, 8]
+    # Of fewer: others happened that do not count.
+    assert [share_of_look(number) for number in (1, 2, 4)] == [1 / 2, 1 / 2, 1 / 3]

@@ -8,11 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.diagnose.hosts import of_hosts
 from megatron_flashrecovery.diagnose.scan import scan
 from megatron_flashrecovery.diagnose.standardization import standardize
 from megatron_flashrecovery.diagnose.telemetry import Metric, Telemetry
 from megatron_flashrecovery.diagnose.trial import Trial
+from megatron_flashrecovery.runtime.case import repeated
 from tests.diagnose.clusters import topology_of
 
 TOPOLOGY = topology_of(hosts=32, tensor=8, pipeline=8)
@@ -123,3 +125,17 @@ def test_counts_of_healthy_hosts_are_blamed_no_more_often_than_agreed(errors, mo
     counts = {level: int(np.sum(healthy <= level)) for level in (0.01, 0.1)}
     print(f"{errors} on {hosts} hosts: {counts} of {JOBS}; one with 100,000 is found in {found} of 50")
     assert counts[0.01] <= most
+
+
+@pytest.mark.slow
+def test_looking_at_incidents_as_a_running_job_does_blames_in_no_more_healthy_jobs_than_agreed():
+    """600 jobs with 93 incidents each: 6 are agreed, up to 14 happen with probability 0.999."""
+    hosts = np.arange(128) // 8
+    topology, rng = topology_of(hosts=16), np.random.default_rng(5)
+    blamed = 0
+    for _ in range(600):
+        incidents = [(Rank(int(rank)),) for rank in rng.integers(128, size=93)]
+        looks = (repeated(topology, hosts, incidents[:number], 0.01) for number in (3, 5, 8, 12, 18, 27, 41, 62, 93))
+        blamed += any(look.suspects for look in looks)
+    print(f"incidents: {blamed} of 600")
+    assert blamed <= 14

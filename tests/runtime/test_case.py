@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.diagnose import localization
 from megatron_flashrecovery.diagnose.diagnosis import Diagnosis, Suspect
 from megatron_flashrecovery.diagnose.elements import Element, Kind
-from megatron_flashrecovery.runtime.case import diagnose, places_of
+from megatron_flashrecovery.diagnose.repetition import Throws, find_repeated
+from megatron_flashrecovery.runtime.case import diagnose, places_of, repeated
 from megatron_flashrecovery.runtime.dossier import read_dossier
 from megatron_flashrecovery.runtime.localizing import within
 from megatron_flashrecovery.runtime.measured import period_of
 from megatron_flashrecovery.runtime.node_messages import NodeMeasured
 from megatron_flashrecovery.runtime.surroundings import surroundings_of
+from tests.diagnose.clusters import topology_of
 from tests.diagnose.recorded import Records
 
 
@@ -124,3 +129,32 @@ def test_an_alarm_of_others_than_the_most_conspicuous_one_decides_nothing(tmp_pa
 
 def test_where_nothing_was_measured_that_is_the_reason(records):
     assert "nothing was measured in this time" in str(case_of(records).undetermined)
+
+
+def test_p_counts_that_incidents_are_looked_at_again_and_again():
+    """Five are the second look, which has a third of the level, and eight are the third."""
+    topology, hosts = topology_of(hosts=16), np.arange(128) // 8
+    for number, share in ((5, 3), (8, 4)):
+        struck = [(Rank(5),)] * 3 + [(Rank(8 + 16 * other),) for other in range(number - 3)]
+        alone = find_repeated(topology, hosts, struck, Throws(level=0.05)).suspects[0]
+        counted = repeated(topology, hosts, struck, level=0.05 * share).suspects[0]
+        assert counted.element == alone.element
+        assert counted.p == pytest.approx(share * alone.p)
+    struck = [(Rank(rank),) for rank in (8, 10, 12, 40, 100)]
+    assert find_repeated(topology, hosts, struck, Throws(level=0.2)).suspects
+    assert not repeated(topology, hosts, struck, level=0.2).suspects
+
+
+def test_p_counts_that_the_scan_is_not_alone(tmp_path):
+    """GBGP looks as well, so the scan has half of the level."""
+    seen = []
+
+    def locate(topology, measured, trial):
+        seen.append(localization.localize(topology, measured.scores, trial))
+        return within(5.0)(topology, measured, trial)
+
+    records = Records(tmp_path, hosts=10, devices=4, tensor=4).train(8, dict.fromkeys(range(4, 8), 3.0))
+    (accused,) = case_of(records, locate).accused
+    (alone,) = (each.suspects[0] for each in seen)
+    assert accused.suspects[0].element == alone.element
+    assert accused.p == pytest.approx(2 * alone.p, rel=0.3)

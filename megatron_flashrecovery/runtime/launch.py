@@ -142,7 +142,7 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[str], Non
         max_restarts=config.max_restarts,
         hang_timeout=deadlines.hang_timeout,
         slow_factor=config.slow_factor,
-        replaces_nodes=False,
+        spare_nodes=0,
     )
     job = Job.start(job_config, seats, sharded=True)
     spool = Spool(config.log_dir) if config.allow_injection or config.injections else None

@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def controller_of(tmp_path: Path) -> Controller:
     """Of two nodes that have attached."""
     config = LaunchConfig(script="x", nnodes=2, master_port=1, token="secret", log_dir=tmp_path)
-    job = Job.start(JobConfig(replaces_nodes=False), {FIRST: (Rank(0),), SECOND: (Rank(1),)}, sharded=True)
+    job = Job.start(JobConfig(spare_nodes=0), {FIRST: (Rank(0),), SECOND: (Rank(1),)}, sharded=True)
     records: Any = SimpleNamespace(last_step=0, record=lambda *_: None, close=lambda *_: None)
     controller = Controller(config, job, ("", 0), records)
     for node in (FIRST, SECOND):

@@ -51,6 +51,7 @@ def add_arguments(parser: Arguments) -> None:
     add = parser.add_flag
     add("--nnodes", default="1", metavar="N", help="number of nodes (1)")
     add("--nproc-per-node", default="1", metavar="N", help="ranks per node: a number, gpu, cpu or auto (1)")
+    add("--spare-nodes", type=int, default=0, metavar="S", help=_SPARE_NODES)
     add("--node-rank", type=int, default=None, metavar="N", help="number of this node, from 0 on (0 of one node)")
     add("--master-addr", default=None, metavar="HOST", help="address of node 0 (127.0.0.1)")
     add("--master-port", type=int, default=None, metavar="PORT", help="a free port of node 0 (any, for one node)")
@@ -88,6 +89,7 @@ def add_arguments(parser: Arguments) -> None:
     parser.add_argument("script_args", metavar="ARGS", nargs=argparse.REMAINDER, help="flags of the script")
 
 
+_SPARE_NODES = "nodes that wait, imports done, for the seats of a lost one: the same command, numbered from N on (0)"
 _SHUTDOWN = "how long workers have to end by themselves after SIGTERM (30)"
 _SLOW = "whoever computes so many times as long as its peers is said to be slow (1.5; 0: nobody)"
 _DEADLINES = {
@@ -134,6 +136,7 @@ def launch_config(arguments: argparse.Namespace, environment: Mapping[str, str])
         script_args=tuple(arguments.script_args),
         module=arguments.module,
         nnodes=nnodes,
+        spare_nodes=arguments.spare_nodes,
         nproc_per_node=_nproc(arguments.nproc_per_node),
         node_rank=arguments.node_rank or 0,
         master_addr=address,
@@ -171,7 +174,7 @@ def _nnodes(text: str) -> int:
     """A number, or torchrun's range of one number."""
     least, _, most = text.partition(":")
     if most and most != least:
-        raise ConfigError(f"--nnodes {text}: the number of ranks is fixed, give one number (and --spares-per-node)")
+        raise ConfigError(f"--nnodes {text}: the number of ranks is fixed, give one number (and --spare-nodes)")
     return _number("--nnodes", least)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.commands.arguments import Arguments, directory_of_records
+from megatron_flashrecovery.core.moves import names_of
 
 if TYPE_CHECKING:
     from megatron_flashrecovery.runtime.status import Status
@@ -49,6 +50,12 @@ def tell(status: Status, now: float) -> Iterator[str]:
             yield f"ended {_ago(status.since, now)}: {status.failure or 'every rank has finished'}; {where}"
         case phase:
             yield f"{phase} for {_long(now - status.since)}; {where}"
+    for move in status.moved:
+        yield f"{names_of(move.ranks)} of {move.origin} {'is' if len(move.ranks) == 1 else 'are'} on {move.target} now"
+    if status.homeless and status.phase not in ("died", "ended"):
+        yield f"{names_of(status.homeless)} without a node: start a spare one"
+    if status.spares:
+        yield f"{_count(len(status.spares), 'spare node')}: {', '.join(status.spares[:8])}"
     if status.waiting_for is not None:
         yield f"waiting for {status.waiting_for}"
     if status.step is not None and status.step_time is not None:

@@ -98,6 +98,7 @@ def _apply(job: Job, event: Event, now: float) -> list[Command]:
             return _and_go_on(job, lose_node(job, event, now), now)
         case NodeJoined(node=node, room=room):
             job.capacity[node] = room
+            job.joined.add(node)
             return fill_homeless(job, now)
         case Diagnosed():
             job.note_diagnosis(event)

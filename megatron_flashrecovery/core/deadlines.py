@@ -18,6 +18,8 @@ from megatron_flashrecovery.core.policy import Action, Fault, decide
 from megatron_flashrecovery.core.response import Mishap, plan_anew, respond
 from megatron_flashrecovery.core.staffing import halt
 
+_TOO_LATE = "no spare node has come in time, start the job again with other nodes, from its newest checkpoint"
+
 
 def check_deadlines(job: Job, now: float) -> list[Command]:
     if failures := check_failures(job, now):
@@ -70,7 +72,7 @@ def _fence_late(job: Job, late: Iterable[Rank], what: str, now: float) -> list[C
 def _stop_without_room(job: Job, homeless: Iterable[Rank], now: float) -> list[Command]:
     rule = decide(Fault.NODE_LOST, replace(job.history(now), has_room=False))
     assert rule.action is Action.STOP, rule
-    return halt(job, f"no node has room for rank {_names(homeless)}")
+    return halt(job, f"no node has room for rank {_names(homeless)}: {_TOO_LATE}")
 
 
 def _names(ranks: Iterable[Rank]) -> str:

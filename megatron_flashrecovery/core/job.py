@@ -38,8 +38,8 @@ class JobConfig:
     how many deadlines in a row may be missed, and how often one seat may be lost without progress, before the job falls
     back; ``max_restarts`` how often all workers may be started from the top. ``max_fruitless`` recoveries may begin
     within ``fruitless_window`` without a completed step. ``hang_timeout`` is how long many ranks may hang at the same
-    time. Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is. ``replaces_nodes``: another
-    node may come for the seats of one that is lost; else its loss ends the job.
+    time. Whoever computes ``slow_factor`` times as long as its peers is slow; 0: nobody is. ``spare_nodes``: how many
+    nodes may come for the seats of lost ones, so that none is waited for that cannot come; None: any number.
     """
 
     drain_timeout: float = 10.0
@@ -52,7 +52,7 @@ class JobConfig:
     max_fruitless: int = 10
     fruitless_window: float = 1800.0
     slow_factor: float = 1.5
-    replaces_nodes: bool = True
+    spare_nodes: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.drain_grace <= self.drain_timeout:
@@ -122,6 +122,9 @@ class Job:
         self.checkpoint: Step | None = None
         self.recoveries: list[Recovery] = []
         self.capacity: dict[NodeId, int] = {}
+        """Of the nodes that have come for the seats of lost ones, and are there."""
+        self.joined: set[NodeId] = set()
+        """All that ever came."""
         self.gone: set[WorkerId] = set()
         """Workers whose end is known: it may be told twice."""
         self.restarts = 0
@@ -248,6 +251,18 @@ class Job:
             has_better_room=node is None or self.has_room_for(node, self.blamed),
             is_recovering=self.timeline is not None,
         )
+
+    @property
+    def spares(self) -> list[NodeId]:
+        """Nodes without seats that have room for some."""
+        return sorted(node for node, room in self.capacity.items() if room and not self.seats.ranks_on.get(node))
+
+    def may_house_all(self) -> bool:
+        """Whether seats without a node can get one: others have room, or may still come."""
+        if self.config.spare_nodes is None or len(self.joined) < self.config.spare_nodes:
+            return True
+        free = (max(0, room - len(self.seats.ranks_on.get(node, ()))) for node, room in self.capacity.items())
+        return sum(free) >= len(self.seats.homeless)
 
     def has_room_for(self, node: NodeId, left_out: Container[NodeId] = ()) -> bool:
         """Whether other nodes, without those that are left out, could take all its seats."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.core.job import Job
@@ -12,7 +13,7 @@ from megatron_flashrecovery.core.policy import Action, Fault, decide
 from megatron_flashrecovery.core.response import SHOWN, Mishap, respond
 from megatron_flashrecovery.core.staffing import fall_back, halt
 
-_NO_OTHER_NODE = "a node cannot be replaced yet: start the job again without it, from its newest checkpoint"
+_NO_OTHER_NODE = "no spare node is left: start the job again without it, from its newest checkpoint"
 
 
 def lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
@@ -53,7 +54,9 @@ def _distrust(job: Job, rank: Rank) -> None:
 def lose_node(job: Job, event: NodeLost, now: float) -> list[Command]:
     job.capacity.pop(event.node, None)
     ranks = job.seats.evict(event.node)
-    if ranks and not job.config.replaces_nodes:
+    if ranks and not job.may_house_all():
+        rule = decide(Fault.NODE_LOST, replace(job.history(now), has_room=False))
+        assert rule.action is Action.STOP, rule
         seats = ", ".join(map(str, ranks[:SHOWN])) + (", ..." if len(ranks) > SHOWN else "")
         return halt(job, f"node {event.node} with rank {seats} is gone: {event.cause}; {_NO_OTHER_NODE}")
     for rank in ranks:

@@ -147,7 +147,10 @@ BLAMED: Condition = (
 AGAIN: Condition = ("again in the same step of the same rank, after a retry", lambda history: history.again)
 AGAIN_IN_STEP: Condition = ("again in the same step, after a retry", lambda history: history.again)
 NO_ROOM: Condition = ("no other node has room", lambda history: not history.has_room)
-NO_NODE: Condition = ("no other node has come within --join-timeout", lambda history: not history.has_room)
+NO_NODE: Condition = (
+    "no spare node has room or can come, or none has come within --join-timeout",
+    lambda history: not history.has_room,
+)
 
 SUSPECTS_A_DEVICE = frozenset({Fault.DEVICE_ERROR, Fault.DEVICE_POISONED, Fault.DEVICE_LOST, Fault.CORRUPTION})
 

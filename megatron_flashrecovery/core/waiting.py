@@ -17,6 +17,8 @@ def whom_for(job: Job) -> str | None:
     ranks = job.seats.node_of
     world = len(job.seats)
     match job.phase:
+        case Starting() | Draining() | Staffing() if job.seats.homeless:
+            return _of(job.seats.homeless, world, "to get a spare node")
         case Starting(ready=ready):
             return _of([rank for rank in ranks if rank not in ready], world, "to come to the first step")
         case Draining(silent=silent) as phase if silent:

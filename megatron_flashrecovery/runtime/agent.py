@@ -10,8 +10,8 @@ import os
 import queue
 import select
 import signal
+import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +20,7 @@ from megatron_flashrecovery.comm.channel import ChannelClosed
 from megatron_flashrecovery.comm.codec import UnknownMessage
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.errors import ConfigError
-from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
+from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank
 from megatron_flashrecovery.core.pace import Pace
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.detect.out_of_memory import OutOfMemory
@@ -31,10 +31,9 @@ from megatron_flashrecovery.runtime.farewell import Farewell, Sender
 from megatron_flashrecovery.runtime.injections import Injections
 from megatron_flashrecovery.runtime.inquest import Inquest
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
+from megatron_flashrecovery.runtime.node_seats import NodeSeats
 from megatron_flashrecovery.runtime.relay import merged, narrowed, of_numbers
-from megatron_flashrecovery.runtime.seat import FROM_CHECKPOINT
 from megatron_flashrecovery.runtime.seating import grant, seats_described
-from megatron_flashrecovery.runtime.torchrun_environment import torchrun_environment
 from megatron_flashrecovery.runtime.vigil import Vigil
 from megatron_flashrecovery.runtime.watch import Watch
 from megatron_flashrecovery.runtime.workers import CONFIG_EXIT, Worker, WorkerEnded, Workers
@@ -53,24 +52,16 @@ class Agent:
         self._vigil = Vigil(config)
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        first = config.node_rank * config.nproc_per_node
-        self.ranks = tuple(Rank(first + i) for i in range(config.nproc_per_node))
+        self._seats = NodeSeats(config)
+        first = config.first_seats(config.node_rank)
         self._epoch = Epoch(0)
         self._number = OrderNumber(0)
-        self._store = ("", 0)
-        self._attempt = 0
-        self._environment: dict[str, str] = {}
         self._spares: list[Worker] = []
-        self._incarnations: dict[Rank, int] = dict.fromkeys(self.ranks, 0)
-        self._startup: dict[Rank, bytes] = {}
-        self._reported: dict[Rank, dict[str, Step]] = defaultdict(dict)
-        self._described: dict[Rank, dialogue.Described] = {}
         self._watch = Watch(node, Pace(unknown=config.deadlines.hang_timeout))
-        self._devices = DeviceWatch(node, self.ranks, control)
+        self._devices = DeviceWatch(node, first, control)
         self._inquest = Inquest(self._watch, OutOfMemory(), self._devices)
-        self.injections = Injections(config.injections, self.ranks)
-        self._skip: tuple[Step, ...] = ()
-        self._departures = Departures(self.ranks)
+        self.injections = Injections(config.injections, first)
+        self._departures = Departures(first)
         self._farewell = Farewell(node, config.shutdown_timeout, workers, control, self._departures)
         self._dismissal: node_messages.Dismiss | None = None
 
@@ -82,11 +73,14 @@ class Agent:
 
     def run(self, on_tick: Callable[[], None]) -> node_messages.Dismiss:
         """Until the controller dismisses this node."""
-        self._control.send(node_messages.NodeAttached(self._node, self.ranks))
+        config = self._config
+        first = config.first_seats(config.node_rank)
+        room = config.nproc_per_node if config.is_spare else 0
+        self._control.send(node_messages.NodeAttached(self._node, first, room))
         patience = time.monotonic() + self._config.deadlines.join_timeout
         while self._dismissal is None:
-            if not self._store[0] and time.monotonic() > patience:
-                raise ConfigError(f"not all of the {self._config.nnodes} nodes have come: start the others, too")
+            if not self._seats.store[0] and time.monotonic() > patience:
+                raise ConfigError(f"{_who_has_not_come(config)} within --join-timeout: start the others, too")
             self._wait()
             self._obey()
             self._notice_deaths()
@@ -118,14 +112,13 @@ class Agent:
     def _obey_one(self, order: object) -> None:
         self._watch.heed(order)
         match order:
-            case node_messages.NodeWelcome(epoch=epoch, store_host=host, store_port=port):
-                if self._store[0]:
-                    return  # told twice: these seats are taken
-                self._store = (host, port)
-                self._start(epoch, self.ranks, joining=False)
+            case node_messages.NodeWelcome():
+                self._begin(order)
             case core.StartWorkers(epoch=epoch, ranks=ranks):
                 self._end_seated(ranks)
-                self._start(max(epoch, self._epoch), ranks, joining=True)
+                self._seats.add(ranks)
+                self._hold_seats()
+                self._start(max(epoch, self._epoch), ranks, joining=epoch > self._seats.begun_in)
             case core.RestartAll():
                 self._restart(order)
             case core.Park(epoch=epoch, number=number):
@@ -164,6 +157,20 @@ class Agent:
             if not isinstance(accepted, str) and rank == accepted[0]:
                 self._say(worker, accepted[1])
 
+    def _begin(self, welcome: node_messages.NodeWelcome) -> None:
+        self._seats.store = (welcome.store_host, welcome.store_port)
+        if not welcome.ranks:
+            _say("this is a spare node: it waits until another one is lost")
+        elif welcome.epoch > self._seats.begun_in:  # else told twice: these seats are taken
+            self._seats.begun_in = welcome.epoch
+            self._seats.add(welcome.ranks)
+            self._hold_seats()
+            self._start(welcome.epoch, welcome.ranks, joining=False)
+
+    def _hold_seats(self) -> None:
+        self._departures.ranks = frozenset(self._seats.ranks)
+        self._devices.ranks = self._seats.ranks
+
     def _fence(self, order: core.Fence) -> None:
         """Its end is told as a loss, for what it left in the vault counts."""
         seated = [worker for rank, worker in self._workers.seated() if rank in order.ranks]
@@ -172,6 +179,10 @@ class Agent:
         self._inquest.note_fenced(fenced, order.reason, order.fault)
         for worker in fenced:
             self._workers.kill(worker)
+        if order.fault is Fault.NODE_LOST:
+            self._seats.give_up(order.ranks)
+            self._hold_seats()
+            _say(f"{order.reason}; no worker sits here any more")
 
     def _end_seated(self, ranks: tuple[Rank, ...]) -> None:
         for rank, worker in list(self._workers.seated()):
@@ -179,54 +190,21 @@ class Agent:
                 self._workers.kill(worker)
 
     def _restart(self, order: core.RestartAll) -> None:
-        if order.epoch <= self._epoch:
+        if order.epoch <= self._seats.begun_in:
             return
-        self._attempt += 1
-        self._skip = order.skip
-        self._end_seated(self.ranks)
+        self._seats.begin_anew(order)
+        self._end_seated(self._seats.ranks)
         self._vault.close()
-        self._startup.clear()
-        self._reported.clear()
-        self._described.clear()
         self._departures.begin_anew()
         self._watch.go_on()
-        if order.from_checkpoint:
-            self._environment[FROM_CHECKPOINT] = "1"
-        self._start(order.epoch, self.ranks, joining=False)
+        self._start(order.epoch, self._seats.ranks, joining=False)
 
     def _start(self, epoch: Epoch, ranks: tuple[Rank, ...], *, joining: bool) -> None:
         self._epoch = epoch
         for rank in ranks:
             worker = self._spares.pop(0) if self._spares else self._workers.start(f"rank{rank}.log")
-            self._incarnations[rank] += 1
-            worker.seat = self._seat(rank, epoch, joining=joining)
+            worker.seat = self._seats.seat(rank, epoch, joining, self.injections.orders(rank))
             self._say(worker, worker.seat, self._watch.take(worker.id))
-
-    def _seat(self, rank: Rank, epoch: Epoch, *, joining: bool) -> dialogue.Seat:
-        config = self._config
-        return dialogue.Seat(
-            rank=rank,
-            worker=WorkerId(f"rank{rank}.{self._incarnations[rank]}"),
-            node=self._node,
-            epoch=epoch,
-            joining=joining,
-            startup=self._startup.get(rank, b"") if joining else b"",
-            world_size=config.world_size,
-            ranks_per_node=config.nproc_per_node,
-            store_host=self._store[0],
-            store_port=self._store[1],
-            token=config.token,
-            script=config.script,
-            module=config.module,
-            script_args=config.script_args,
-            environment={**self._environment, **torchrun_environment(config, rank, self._store, self._attempt)},
-            injections=self.injections.orders(rank),
-            drain_timeout=config.deadlines.drain_timeout,
-            execute_timeout=config.deadlines.execute_timeout,
-            join_timeout=config.deadlines.join_timeout,
-            reported=self._reported[rank],
-            skip=self._skip,
-        )
 
     def _to_all(self, order: object) -> None:
         for _rank, worker in self._workers.seated():
@@ -264,15 +242,14 @@ class Agent:
             case dialogue.MemoryNeeded(own_nbytes=own, guests=guests):
                 self._say(worker, *grant(self._vault, rank, own, guests))
             case dialogue.Described():
-                self._described[rank] = message
+                self._seats.described[rank] = message
                 self.injections.note_under_recovery(rank)
                 self._devices.note_device(rank, message.device)
                 told.append(node_messages.BillNoted(rank, message.host, message.unique_nbytes, message.warning))
-                if self._described.keys() == set(self.ranks) and worker.seat is not None and not worker.seat.joining:
-                    told.append(seats_described(self._node, self._epoch, self._described))
+                if self._seats.are_described() and worker.seat is not None and not worker.seat.joining:
+                    told.append(seats_described(self._node, self._epoch, self._seats.described))
             case dialogue.Ready(epoch=epoch, startup=startup):
-                if startup:
-                    self._startup[rank] = startup
+                self._seats.note_ready(rank, startup)
                 told.append(core.RanksReady(self._node, epoch, (rank,)))
             case dialogue.Stood(epoch=epoch, number=number, report=report):
                 told.append(core.RanksStood(self._node, epoch, number, (report,)))
@@ -291,7 +268,7 @@ class Agent:
             case dialogue.CheckpointDone(step=step):
                 told.append(core.CheckpointWritten(step))
             case dialogue.Reported(name=name, step=step):
-                self._reported[rank][name] = step
+                self._seats.note_reported(rank, name, step)
             case dialogue.UpdateRefused() | dialogue.Examined() | dialogue.GuestDiffers():
                 told.append(of_numbers(self._node, rank, message))
             case dialogue.Raised():
@@ -348,7 +325,7 @@ class Agent:
             return False
         if self._refuses_to_start(end):
             return False
-        return self._departures.is_loss(end, worker.rank in self._described or worker.rank in self._startup)
+        return self._departures.is_loss(end, self._seats.takes_part(worker.seat))
 
     def _report_losses(self, ended: list[WorkerEnded]) -> None:
         losses = tuple(self._loss(end) for end in ended)
@@ -369,15 +346,15 @@ class Agent:
             self._control.send(told)
 
     def _refuses_to_start(self, end: WorkerEnded) -> bool:
-        rank = end.worker.rank
-        if end.exit_code != CONFIG_EXIT or rank in self._startup:
+        assert end.worker.seat is not None
+        if end.exit_code != CONFIG_EXIT or self._seats.has_started(end.worker.seat):
             return False
         self._control.send(node_messages.StartRefused(self._node, end.last_words().removeprefix("flashrecovery: ")))
         return True
 
     def _keep_spares(self) -> None:
         """Spares are started once the seats are taken, so that they do not slow the start down."""
-        if len(self._startup) < len(self.ranks) or self._departures.released or self._departures.passed_on:
+        if not self._seats.are_ready() or self._departures.released or self._departures.passed_on:
             return
         while len(self._spares) < self._config.spares_per_node:
             self._spares.append(self._workers.start("spares.log"))
@@ -395,3 +372,14 @@ class Agent:
         select.select(waits, [], [], _TICK)
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # whoever listened has gone
+        print(f"flashrecovery: {line}", file=sys.stderr, flush=True)
+
+
+def _who_has_not_come(config: LaunchConfig) -> str:
+    if config.is_spare:
+        return f"node 0 was not to be reached at {config.master_addr}:{config.master_port}"
+    return f"not all of the {config.nnodes} nodes have come"

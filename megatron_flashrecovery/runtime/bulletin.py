@@ -32,6 +32,10 @@ class Bulletin:
         """Raises ``LinkLost``: what is there was not posted by a worker of this job."""
         return self._checked(key, self.store.get(key))
 
+    def has(self, key: str) -> bool:
+        """Whether anything was posted there; never waits."""
+        return self.store.check([key])
+
     def read_all(self, keys: Sequence[str]) -> list[bytes]:
         """In one round trip."""
         return [self._checked(key, signed) for key, signed in zip(keys, self.store.multi_get(list(keys)), strict=True)]

@@ -15,6 +15,7 @@ from typing import TextIO
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, Rank, Step
 from megatron_flashrecovery.core.job import Job
+from megatron_flashrecovery.core.moves import in_words, moves_of
 from megatron_flashrecovery.core.numbers import BadStep
 from megatron_flashrecovery.core.phases import Executing
 from megatron_flashrecovery.core.recovery import Recovery
@@ -29,6 +30,7 @@ from megatron_flashrecovery.runtime.summary import (
     STEPS_NAME,
     EpochRecord,
     GroupTally,
+    MoveRecord,
     PhaseSeconds,
     RecoveryRecord,
     StepLine,
@@ -68,6 +70,8 @@ class Chronicle:
         self._current = _Measured()
         self._measured: dict[Epoch, _Measured] = {}
         self._epochs: dict[Epoch, EpochRecord] = {}
+        self._node_of: dict[Rank, NodeId] = {}
+        self._moves: list[MoveRecord] = []
         self._final: dict[Rank, str] = {}
         self._last_step = Step(0)
         self._warned: set[str] = set()
@@ -90,6 +94,7 @@ class Chronicle:
     def begin(self, job: Job, now: float) -> None:
         """Nothing has happened yet."""
         seats = {node: tuple(sorted(ranks)) for node, ranks in job.seats.ranks_on.items()}
+        self._node_of = dict(job.seats.node_of)
         self._reserve.make()
         with self._records_are_optional():
             self._journal.started(JobStarted(job.config, seats), time=time.time(), now=now)
@@ -108,6 +113,7 @@ class Chronicle:
         if isinstance(event, core.Diagnosed):
             self._tell_diagnosis(event)
         self._note_numbers(job.numbers.ended)
+        self._note_moves(event, commands, job)
         for command in commands:
             self._tell(command, job)
         if job.epoch != self._epoch:
@@ -123,6 +129,14 @@ class Chronicle:
             plan = job.phase.plan
             planned = GroupsPlanned(plan.resume_step, plan.rebuild, plan.kept)
             self._write(planned, now)
+
+    def _note_moves(self, event: core.Event, commands: Sequence[core.Command], job: Job) -> None:
+        moves = moves_of(self._node_of, commands)
+        for line in in_words(event, moves, self._node_of, job):
+            self._say(line)
+        for move in moves:
+            self._node_of.update(dict.fromkeys(move.ranks, move.target))
+            self._moves.append(MoveRecord(job.epoch, move.ranks, move.origin, move.target))
 
     def _tell_diagnosis(self, diagnosed: core.Diagnosed) -> None:
         for blamed in diagnosed.blamed:
@@ -231,6 +245,7 @@ class Chronicle:
             outcome="stopped" if failure else "finished",
             reason=failure,
             epochs=tuple(self._epochs.values()),
+            moves=tuple(self._moves),
         )
         with self._records_are_optional():
             write_summary(self._config.log_dir, summary)

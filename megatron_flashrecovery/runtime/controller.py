@@ -59,6 +59,9 @@ class Controller:
         self._punctuality = Punctuality(config.deadlines.heartbeat_interval)
         self._looked = 0.0
         self._known: set[NodeId] = set()
+        self._has_begun = False
+        nodes = range(config.nnodes + config.spare_nodes)
+        self._first_seats = {f"node{node_rank}": config.first_seats(node_rank) for node_rank in nodes}
         self._done: set[NodeId] = set()
         self._failures: list[str] = []
         self._over = asyncio.Event()
@@ -94,16 +97,18 @@ class Controller:
     async def _attach(self, messages: AsyncIterator[object]) -> AsyncIterator[object]:
         joined = await anext(messages)
         assert isinstance(joined, node_messages.NodeAttached), joined
+        if self._over.is_set():
+            yield self._dismissal
+            return
         if (refusal := self._why_not(joined)) is not None:
-            yield node_messages.Dismiss(refusal, 2)
+            yield node_messages.Dismiss(refusal, 2, at_once=True)
             return
         outbox = self._outbox[joined.node] = asyncio.Queue()
         self._known.add(joined.node)
         self._last_heard[joined.node] = time.monotonic()
         reader = asyncio.ensure_future(self._read(joined.node, messages))
-        if len(self._known) == self._config.nnodes:
-            for queue in self._outbox.values():
-                queue.put_nowait(node_messages.NodeWelcome(Epoch(0), *self._store))
+        with self._failures_end_the_job():
+            self._welcome(joined, outbox)
         try:
             while True:
                 message = await outbox.get()
@@ -113,12 +118,30 @@ class Controller:
         finally:
             reader.cancel()
 
+    def _welcome(self, joined: node_messages.NodeAttached, outbox: asyncio.Queue[object]) -> None:
+        if joined.room:
+            outbox.put_nowait(node_messages.NodeWelcome(Epoch(0), *self._store))
+            self._apply(core.NodeJoined(joined.node, joined.room))
+        self._begin_once_all_are_there()
+
+    def _begin_once_all_are_there(self) -> None:
+        """Until then no worker is started, whatever is ordered: a node may be lost before the last one comes."""
+        seats = self._job.seats
+        if self._has_begun or seats.homeless or not seats.ranks_on.keys() <= self._outbox.keys():
+            return
+        self._has_begun = True
+        for node, ranks in seats.ranks_on.items():
+            welcome = node_messages.NodeWelcome(self._job.epoch, *self._store, tuple(sorted(ranks)))
+            self._outbox[node].put_nowait(welcome)
+
     def _why_not(self, joined: node_messages.NodeAttached) -> str | None:
         """A node takes part once: what a second one of the same number would start runs beside the first one's."""
         if joined.node in self._known:
             return f"{joined.node} has joined this job before: give each node a --node-rank of its own"
-        if tuple(sorted(self._job.seats.ranks_on.get(joined.node, ()))) != joined.ranks:
-            return f"{joined.node} has ranks {list(joined.ranks)}: give every node the same --nproc-per-node"
+        seats = self._first_seats.get(joined.node)
+        if seats != joined.ranks or joined.room != (0 if seats else self._config.nproc_per_node):
+            has = f"ranks {list(joined.ranks)}" if joined.ranks else f"room for {joined.room} ranks"
+            return f"{joined.node} has {has}: give every node the same --nproc-per-node, --nnodes and --spare-nodes"
         return None
 
     async def _read(self, node: NodeId, messages: AsyncIterator[object]) -> None:
@@ -159,7 +182,7 @@ class Controller:
     def _note_done(self, node: NodeId, failure: str) -> None:
         self._done.add(node)
         self._failures += [failure] if failure else []
-        if len(self._done) == self._config.nnodes:
+        if self._job.seats.ranks_on.keys() <= self._done:
             self._end(node_messages.Dismiss("; ".join(self._failures), 1 if self._failures else 0))
 
     def _apply(self, event: core.Event) -> None:
@@ -173,6 +196,8 @@ class Controller:
 
     def _order(self, command: core.Command) -> None:
         match command:
+            case core.StartWorkers() | core.RestartAll() if not self._has_begun:
+                pass  # each node is told its seats when all are there
             case (
                 core.StartWorkers(node=node)
                 | core.Drain(node=node)
@@ -247,6 +272,7 @@ class Controller:
         if outbox is not None:
             outbox.put_nowait(node_messages.Dismiss(f"this node was given up: {cause}", 1, at_once=True))
             self._apply(core.NodeLost(node, cause))
-            if isinstance(self._job.phase, Finished):
+            self._begin_once_all_are_there()
+            if isinstance(self._job.phase, Finished) and node in self._job.seats.ranks_on:
                 # Its workers had finished, and nobody hears any more how they have left.
                 self._note_done(node, f"{node} was lost behind the last step: {cause}")

@@ -14,11 +14,11 @@ _LEAVE_TOGETHER = 2.0
 
 
 class Departures:
-    """Of the ranks of one node. ``released``: the controller has said that the job is finished. ``passed_on``: the
-    signal that the launcher was told to end by, and has passed on to every worker."""
+    """Of the ranks that sit on one node at the time. ``released``: the controller has said that the job is finished.
+    ``passed_on``: the signal that the launcher was told to end by, and has passed on to every worker."""
 
     def __init__(self, ranks: Collection[Rank]) -> None:
-        self._ranks = frozenset(ranks)
+        self.ranks = frozenset(ranks)
         self.released = False
         self.passed_on: signal.Signals | None = None
         self._done: set[Rank] = set()
@@ -46,7 +46,7 @@ class Departures:
 
     def stayed_alone(self) -> list[WorkerEnded]:
         """Ranks that left although others stay: to these they are lost."""
-        if self._leaving.keys() == self._ranks:
+        if self._leaving.keys() == self.ranks:
             self._done.update(self._leaving)
             self._leaving.clear()
         now = time.monotonic()
@@ -64,7 +64,7 @@ class Departures:
 
     def result(self) -> str | None:
         """Told once, as soon as every rank is done: what was wrong all the same, or nothing."""
-        if self._done != self._ranks:
+        if not self.ranks or not self.ranks <= self._done:
             return None
         self._done.clear()
         if self.passed_on is not None:
@@ -72,7 +72,7 @@ class Departures:
         return "; ".join(self._late_failures)
 
     def still_here(self) -> list[Rank]:
-        return sorted(self._ranks - self._done - self._leaving.keys())
+        return sorted(self.ranks - self._done - self._leaving.keys())
 
     def begin_anew(self) -> None:
         """All workers are started again."""

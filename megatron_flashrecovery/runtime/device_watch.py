@@ -30,7 +30,7 @@ _REAPED_WITHIN = 0.4
 
 
 class DeviceWatch:
-    """``ranks`` are those of this node, in order."""
+    """``ranks`` are those of this node at the time, in order."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class DeviceWatch:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
-        self._ranks = tuple(ranks)
+        self.ranks = tuple(ranks)
         self._control = control
         self._log = log or KernelLog()
         self._probe = probe or DeviceProbe()
@@ -85,12 +85,12 @@ class DeviceWatch:
         return found
 
     def _tell_where_ranks_are(self) -> None:
-        if self._said.keys() != set(self._ranks):
+        if not self.ranks or not self._said.keys() >= set(self.ranks):
             return
-        places = {rank: self._device_of(local, rank) for local, rank in enumerate(self._ranks)}
+        places = {rank: self._device_of(local, rank) for local, rank in enumerate(self.ranks)}
         devices = {rank: place for rank, place in places.items() if place is not None}
         uuids = {place: uuid for uuid, place in self._probe.devices.items() if place in devices.values()}
-        placed = NodePlaced(self._node, platform.node(), self._ranks, devices, uuids, self._switches)
+        placed = NodePlaced(self._node, platform.node(), self.ranks, devices, uuids, self._switches)
         if placed != self._placed:
             self._placed = placed
             self._control.send(placed)
@@ -122,7 +122,7 @@ class DeviceWatch:
         self._network.close()
 
     def _ranks_on(self, device: str) -> tuple[Rank, ...]:
-        return tuple(rank for local, rank in enumerate(self._ranks) if self._device_of(local, rank) == device)
+        return tuple(rank for local, rank in enumerate(self.ranks) if self._device_of(local, rank) == device)
 
     def _device_of(self, local: int, rank: Rank) -> str | None:
         said = self._said.get(rank)

@@ -190,7 +190,8 @@ class InjectionOrder:
 @dataclass(frozen=True)
 class Seat:
     """The first message to every worker: which seat it takes, and what it runs there. Until then it is a spare. Two
-    descriptors come with it: the page that it keeps (``detect.pulse``), and the file for its stacks."""
+    descriptors come with it: the page that it keeps (``detect.pulse``), and the file for its stacks. ``may_move``: the
+    job has spare nodes, so what a successor needs must not be with this agent alone."""
 
     rank: Rank
     worker: WorkerId
@@ -213,6 +214,7 @@ class Seat:
     join_timeout: float = 600.0
     reported: Mapping[str, Step] = field(default_factory=dict)
     skip: tuple[Step, ...] = ()
+    may_move: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_flashrecovery.core.errors import RecordDamaged
@@ -15,6 +15,7 @@ from megatron_flashrecovery.core.messages import (
     OperationsFailed,
     RanksHung,
     SeatsDescribed,
+    StartWorkers,
     StepsTimed,
     WorkersLost,
 )
@@ -67,7 +68,8 @@ class Sample:
 @dataclass(frozen=True)
 class Dossier:
     """``host_of`` and ``local`` say where each rank sits: the name of a machine, and its number there. ``slow`` are all
-    alarms: when, which rank, and whether it began."""
+    alarms: when, which rank, and whether it began. What was seen of a rank on a node that it has left since is of a
+    place that has no part in the job any more, and is left out."""
 
     start: float
     end: float
@@ -118,7 +120,7 @@ def read_dossier(directory: Path, last: float | None = None) -> Dossier:
 
     for line in read_journal(directory / FILE_NAME, _Reader.NAMES, is_told_seldom):
         reader.hear(line)
-    if not reader.seats:
+    if not reader.node_of:
         raise RecordDamaged(f"{directory / FILE_NAME} does not begin with the start of a job: name a --log-dir")
     if not reader.peers:
         raise RecordDamaged(
@@ -135,14 +137,15 @@ class _Reader:
     OFTEN = frozenset(kind.__name__ for kind in (StepsTimed, NodeMeasured, HeartbeatsLate))
     NAMES = frozenset(
         OFTEN
-        | {kind.__name__ for kind in (JobStarted, SeatsDescribed, NodePlaced)}
+        | {kind.__name__ for kind in (JobStarted, SeatsDescribed, NodePlaced, StartWorkers)}
         | {kind.__name__ for kind in (WorkersLost, NodeLost, RanksHung, OperationsFailed, NumbersBad, PeersDiffered)}
         | {DeviceNoted.__name__, SlowNoted.__name__, "RestartAll", "Park", "_Ended"}
     )
 
     start: float = 0.0
     end: float = 0.0
-    seats: dict[NodeId, tuple[Rank, ...]] = field(default_factory=dict)
+    node_of: dict[Rank, NodeId] = field(default_factory=dict)
+    moved: dict[Rank, float] = field(default_factory=dict)
     placed: dict[NodeId, NodePlaced] = field(default_factory=dict)
     groups: dict[GroupKey, tuple[Rank, ...]] = field(default_factory=dict)
     peers: dict[Rank, tuple[Rank, ...]] = field(default_factory=dict)
@@ -159,7 +162,7 @@ class _Reader:
         """Unix times between which measurements may count."""
         if last is not None:
             return self.end - last - _AROUND, self.end
-        alarm = alarm_of(self.slow)
+        alarm = alarm_of(self._slow())
         if alarm is None or alarm.over is None:
             return (self.end if alarm is None else max(alarm.time, self.end - LONGEST)) - _AROUND, self.end
         return max(alarm.time, alarm.over - LONGEST) - _AROUND, alarm.over + _AROUND
@@ -168,7 +171,13 @@ class _Reader:
         self.start, self.end = self.start or line.time, max(self.end, line.time)
         match line.name:
             case "JobStarted":
-                self.seats = dict(decode_as(JobStarted, line).seats)
+                seats_of = decode_as(JobStarted, line).seats
+                self.node_of = {rank: node for node, ranks in sorted(seats_of.items()) for rank in ranks}
+            case "StartWorkers":
+                started = decode_as(StartWorkers, line)
+                moved = [rank for rank in started.ranks if self.node_of.get(rank) != started.node]
+                self.node_of.update(dict.fromkeys(moved, started.node))
+                self.moved.update(dict.fromkeys(moved, line.time))
             case "SeatsDescribed":
                 seats = decode_as(SeatsDescribed, line)
                 self.groups.update(seats.groups)
@@ -196,14 +205,16 @@ class _Reader:
         time = line.time
         match line.name:
             case "WorkersLost":
-                for loss in decode_as(WorkersLost, line).losses:
-                    if loss.worker not in self.ended:
+                lost = decode_as(WorkersLost, line)
+                for loss in lost.losses:
+                    if loss.worker not in self.ended and self.node_of.get(loss.rank) == lost.node:
                         self.ended.add(loss.worker)
                         is_own = loss.fault not in _OF_THE_SCRIPT | _MAYBE_OF_OTHERS and not self._is_again(loss)
                         yield Incident(time, loss.fault.value, (loss.rank,), loss.cause, is_own)
             case "NodeLost":
                 node = decode_as(NodeLost, line)
-                yield Incident(time, Fault.NODE_LOST.value, self.seats.get(node.node, ()), node.cause)
+                ranks = tuple(rank for rank, where in sorted(self.node_of.items()) if where == node.node)
+                yield Incident(time, Fault.NODE_LOST.value, ranks, node.cause)
             case "RanksHung":
                 for rank, why in decode_as(RanksHung, line).hung.items():
                     if (line.epoch, rank) not in self.hung:
@@ -227,8 +238,8 @@ class _Reader:
                     )
             case "PeersDiffered":
                 differed = decode_as(PeersDiffered, line)
-                ranks = differed.rank, differed.guest
-                yield Incident(time, Fault.CORRUPTION.value, ranks, f"they differ in {differed.part}", is_own=False)
+                both = differed.rank, differed.guest
+                yield Incident(time, Fault.CORRUPTION.value, both, f"they differ in {differed.part}", is_own=False)
 
     def _is_again(self, loss: Loss) -> bool:
         if loss.step is None or loss.fault not in _MAYBE_OF_THE_DATA:
@@ -238,14 +249,16 @@ class _Reader:
         return is_again
 
     def dossier(self) -> Dossier:
-        node_of = {rank: node for node, ranks in sorted(self.seats.items()) for rank in ranks}
+        node_of = dict(sorted(self.node_of.items()))
+        used = set(node_of.values())
+        self.placed = {node: placed for node, placed in self.placed.items() if node in used}
         machine = {node: placed.machine for node, placed in self.placed.items()}
         host_of = {rank: machine.get(node, node) for rank, node in node_of.items()}
-        samples = (*self.samples, *self._of_counters(host_of), *self._of_heartbeats(machine))
+        samples = (*self._of_ranks(), *self._of_counters(used), *self._of_heartbeats(machine, used))
         return Dossier(
             self.start,
             self.end,
-            dict(sorted(node_of.items())),
+            node_of,
             host_of,
             _numbers_on_hosts(host_of),
             {placed.machine: placed.switches for placed in self.placed.values() if placed.switches[0]},
@@ -253,12 +266,31 @@ class _Reader:
             self.groups,
             self.peers,
             tuple(sorted(samples, key=lambda sample: sample.time)),
-            tuple(self.incidents),
-            tuple(self.slow),
+            tuple(self._incidents_here()),
+            tuple(self._slow()),
         )
 
-    def _of_counters(self, host_of: Mapping[Rank, str]) -> Iterator[Sample]:
+    def _is_here(self, rank: Rank, time: float) -> bool:
+        """Whether the rank sat then where it sits now."""
+        return rank not in self.moved or time > self.moved[rank]
+
+    def _slow(self) -> list[tuple[float, Rank, bool]]:
+        return [(time, rank, began) for time, rank, began in self.slow if self._is_here(rank, time)]
+
+    def _incidents_here(self) -> Iterator[Incident]:
+        for each in self.incidents:
+            if ranks := tuple(rank for rank in each.ranks if self._is_here(rank, each.time)):
+                yield replace(each, ranks=ranks)
+
+    def _of_ranks(self) -> Iterator[Sample]:
+        for each in self.samples:
+            if values := {rank: value for rank, value in each.values.items() if self._is_here(rank, each.time)}:
+                yield replace(each, values=values)
+
+    def _of_counters(self, used: Collection[NodeId]) -> Iterator[Sample]:
         for time, told in self.measured:
+            if told.node not in used:
+                continue
             placed = self.placed.get(told.node)
             machine = placed.machine if placed else str(told.node)
             at = {place: rank for rank, place in placed.devices.items()} if placed else {}
@@ -274,10 +306,11 @@ class _Reader:
             for (label, metric), number in _of_links(told).items():
                 yield Sample(time, label, metric, {}, machine, number, told.seconds)
 
-    def _of_heartbeats(self, machine: Mapping[NodeId, str]) -> Iterator[Sample]:
+    def _of_heartbeats(self, machine: Mapping[NodeId, str], used: Collection[NodeId]) -> Iterator[Sample]:
         for time, told in self.late:
             host = machine.get(told.node, told.node)
-            yield Sample(time, "late heartbeats", Metric.ERRORS, {}, host, told.late, EVERY)
+            if told.node in used:
+                yield Sample(time, "late heartbeats", Metric.ERRORS, {}, host, told.late, EVERY)
 
 
 def _of_links(told: NodeMeasured) -> dict[tuple[str, Metric], int]:

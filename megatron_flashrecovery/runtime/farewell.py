@@ -12,6 +12,9 @@ from megatron_flashrecovery.runtime.departures import Departures
 from megatron_flashrecovery.runtime.node_messages import Dismiss, SignalPassedOn
 from megatron_flashrecovery.runtime.workers import Workers
 
+_CONTROLLERS = NodeId("node0")
+"""Others may still write a checkpoint: without the controller they could not."""
+
 
 class Sender(Protocol):
     def send(self, message: object) -> None: ...
@@ -35,7 +38,10 @@ class Farewell:
         none yet."""
         self._departures.passed_on = number
         seated = list(self._workers.seated())
-        if not seated:
+        has_seats = bool(self._departures.ranks)
+        if not has_seats and self._node != _CONTROLLERS:
+            return Dismiss(f"told to end by {number.name}, and no worker sits here", 1, at_once=True)
+        if has_seats and not seated:
             return Dismiss(f"told to end by {number.name} before any worker had started", 1)
         for _rank, worker in seated:
             self._workers.tell(worker, number)

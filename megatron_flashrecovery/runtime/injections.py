@@ -16,10 +16,12 @@ from megatron_flashrecovery.runtime.node_messages import InjectionNoted
 
 
 class Injections:
-    """The agent's. What a rank does to its agent happens here."""
+    """The agent's. What a rank does to its agent happens here. ``ranks`` are those that the node begins with: what has
+    become of others elsewhere is not known here."""
 
     def __init__(self, asked_for: Sequence[Injection], ranks: Collection[Rank]) -> None:
         self._asked_for = list(asked_for)
+        self._of_the_start = len(self._asked_for)
         self._ranks = frozenset(ranks)
         self._fired: set[int] = set()
         self._under_recovery: set[Rank] = set()
@@ -53,7 +55,7 @@ class Injections:
         return [
             f"{injection} never happened: {self._why_never(injection.rank)}"
             for index, injection in enumerate(self._asked_for)
-            if injection.rank in self._ranks and index not in self._fired
+            if index not in self._fired and (injection.rank in self._ranks or index >= self._of_the_start)
         ]
 
     def _why_never(self, rank: Rank) -> str:

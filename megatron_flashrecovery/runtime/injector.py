@@ -27,15 +27,20 @@ _CHUNK_NBYTES = 16 << 20
 
 
 class Injector:
-    """The agent is told first, so that a replacement does not do it again and the journal knows the time of death.
-    ``add`` is any thread's."""
+    """The agent is told first, so that a replacement does not do it again and the journal knows the time of death; and
+    before it by ``note_fired`` whoever replaces it on another node. ``add`` is any thread's."""
 
     def __init__(
-        self, orders: Sequence[InjectionOrder], channel: Channel, cut_a_connection: Callable[[], None] = lambda: None
+        self,
+        orders: Sequence[InjectionOrder],
+        channel: Channel,
+        cut_a_connection: Callable[[], None] = lambda: None,
+        note_fired: Callable[[InjectionOrder], None] = lambda _: None,
     ) -> None:
         self._orders = list(orders)
         self._channel = channel
         self._cut_a_connection = cut_a_connection
+        self._note_fired = note_fired
         self._slowness: Slowness | None = None
 
     def add(self, order: InjectionOrder) -> None:
@@ -76,6 +81,7 @@ class Injector:
                 inflict(order, lambda: self._announce(order))
 
     def _announce(self, order: InjectionOrder) -> None:
+        self._note_fired(order)
         self._channel.send(InjectionFired(order.index, time.time()))
 
 

@@ -20,7 +20,7 @@ from megatron_flashrecovery import __version__
 from megatron_flashrecovery.comm.control import ControlClient
 from megatron_flashrecovery.core.coordinator import Job, JobConfig
 from megatron_flashrecovery.core.errors import ConfigError
-from megatron_flashrecovery.core.ids import NodeId, Rank
+from megatron_flashrecovery.core.ids import NodeId
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.agent import Agent
 from megatron_flashrecovery.runtime.chronicle import Chronicle
@@ -73,10 +73,9 @@ def run(config: LaunchConfig) -> int:
 def _serve(
     config: LaunchConfig, workers: Workers, address: str, stop_controller: Callable[[str], None], told: _Told
 ) -> int:
-    node = NodeId(f"node{config.node_rank}")
-    print(
-        f"flashrecovery: {config.nproc_per_node} workers here, records in {config.log_dir}", file=sys.stderr, flush=True
-    )
+    node = config.node
+    here = "no workers here yet" if config.is_spare else f"{config.nproc_per_node} workers here"
+    print(f"flashrecovery: {here}, records in {config.log_dir}", file=sys.stderr, flush=True)
     if not workers.cold_because:
         print("flashrecovery: doing the script's imports, for all workers at once", file=sys.stderr, flush=True)
     seconds = workers.wait_for_server(config.deadlines.join_timeout)
@@ -117,7 +116,8 @@ def _serve(
         for never in agent.injections.never_happened():
             print(f"flashrecovery: WARNING: {never}", file=sys.stderr)
     if dismissal.failure:
-        print(f"flashrecovery: the job stops: {dismissal.failure}", file=sys.stderr, flush=True)
+        what = "this node leaves the job" if dismissal.at_once else "the job stops"
+        print(f"flashrecovery: {what}: {dismissal.failure}", file=sys.stderr, flush=True)
     return dismissal.exit_code if told.first is None else 128 + told.first
 
 
@@ -130,10 +130,7 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[str], Non
         return
     store_port, keep_store = _open_store(config)
     chronicle = Chronicle(config)
-    seats = {
-        NodeId(f"node{node}"): tuple(Rank(node * config.nproc_per_node + i) for i in range(config.nproc_per_node))
-        for node in range(config.nnodes)
-    }
+    seats = {NodeId(f"node{node_rank}"): config.first_seats(node_rank) for node_rank in range(config.nnodes)}
     deadlines = config.deadlines
     job_config = JobConfig(
         drain_timeout=deadlines.drain_timeout,
@@ -142,7 +139,7 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[str], Non
         max_restarts=config.max_restarts,
         hang_timeout=deadlines.hang_timeout,
         slow_factor=config.slow_factor,
-        replaces_nodes=False,
+        spare_nodes=config.spare_nodes,
     )
     job = Job.start(job_config, seats, sharded=True)
     spool = Spool(config.log_dir) if config.allow_injection or config.injections else None

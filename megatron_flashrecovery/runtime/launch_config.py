@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_flashrecovery.core.errors import ConfigError
+from megatron_flashrecovery.core.ids import NodeId, Rank
 from megatron_flashrecovery.core.job import JobConfig
 from megatron_flashrecovery.core.pace import Pace
 from megatron_flashrecovery.runtime.injection import Injection
+
+_LEAST = {"nnodes": 1, "spare_nodes": 0, "nproc_per_node": 1, "max_restarts": 0, "spares_per_node": 0}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Deadlines:
 class LaunchConfig:
     """Torchrun's flags by torchrun's names, and what is ours.
 
+    Nodes from ``nnodes`` on, ``spare_nodes`` of them, wait without seats until another one is lost.
     ``master_port`` 0 lets node 0 choose a free one, which only a job of one node can do. ``max_restarts`` bounds how
     often *all* workers are started again; replacing lost ranks is not bounded. ``shutdown_timeout``: how long, in
     seconds, workers have to end by themselves after SIGTERM. ``preload``: workers are forked from a
@@ -63,6 +67,7 @@ class LaunchConfig:
     script_args: tuple[str, ...] = ()
     module: bool = False
     nnodes: int = 1
+    spare_nodes: int = 0
     nproc_per_node: int = 1
     node_rank: int = 0
     master_addr: str = "127.0.0.1"
@@ -83,11 +88,19 @@ class LaunchConfig:
     token: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("nnodes", 1), ("nproc_per_node", 1), ("max_restarts", 0), ("spares_per_node", 0)):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must be at least {least}")
-        if not 0 <= self.node_rank < self.nnodes:
-            raise ConfigError(f"--node-rank {self.node_rank}: must be below --nnodes {self.nnodes}, and not negative")
+        if self.spare_nodes and self.nnodes == 1:
+            raise ConfigError(
+                f"--spare-nodes {self.spare_nodes}: give --nnodes 2 or more, too, for node 0 itself cannot be replaced"
+            )
+        if not 0 <= self.node_rank < self.nnodes + self.spare_nodes:
+            spare = f" + --spare-nodes {self.spare_nodes}" if self.spare_nodes else ""
+            raise ConfigError(
+                f"--node-rank {self.node_rank}: must be from 0 to {self.nnodes + self.spare_nodes - 1}, "
+                f"below --nnodes {self.nnodes}{spare}"
+            )
         if not 0 <= self.master_port < 65536:
             raise ConfigError(f"--master-port {self.master_port}: give a port from 1 to 65535")
         if self.nnodes > 1 and self.master_port == 0:
@@ -108,6 +121,19 @@ class LaunchConfig:
     @property
     def world_size(self) -> int:
         return self.nnodes * self.nproc_per_node
+
+    @property
+    def node(self) -> NodeId:
+        return NodeId(f"node{self.node_rank}")
+
+    @property
+    def is_spare(self) -> bool:
+        return self.node_rank >= self.nnodes
+
+    def first_seats(self, node_rank: int) -> tuple[Rank, ...]:
+        """That a node begins with; a spare one with none."""
+        first = node_rank * self.nproc_per_node
+        return tuple(Rank(rank) for rank in range(first, min(first + self.nproc_per_node, self.world_size)))
 
 
 def _flag(name: str) -> str:

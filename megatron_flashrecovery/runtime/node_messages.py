@@ -19,17 +19,22 @@ from megatron_flashrecovery.runtime.dialogue import StepDone
 
 @dataclass(frozen=True)
 class NodeAttached:
+    """With the seats that it begins with. ``room``: how many it has for those of lost nodes."""
+
     node: NodeId
     ranks: tuple[Rank, ...]
+    room: int = 0
 
 
 @dataclass(frozen=True)
 class NodeWelcome:
-    """Everybody is there: start every worker. The store outlives them all."""
+    """Everybody is there: start the workers of these seats, which are this node's. A spare node is told at once, and
+    without seats. The store outlives all workers."""
 
     epoch: Epoch
     store_host: str
     store_port: int
+    ranks: tuple[Rank, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from megatron_flashrecovery.comm.handle import FlashGroup
 from megatron_flashrecovery.comm.nccl_communicator import contradictions, nccl_environment
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
-from megatron_flashrecovery.comm.startup_record import StartupRecord
 from megatron_flashrecovery.comm.tensor_bytes import payload_of
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Step
@@ -31,6 +30,7 @@ from megatron_flashrecovery.runtime import dialogue
 from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.choices import Choices
 from megatron_flashrecovery.runtime.comparison import Comparison
+from megatron_flashrecovery.runtime.estate import Estate
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.guarded_call import GuardedCall
 from megatron_flashrecovery.runtime.injector import Injector
@@ -66,7 +66,7 @@ class Session:
             self._pulse,
             lambda spot, error: self._line.say_operation_failed(spot, error),
         )
-        record = StartupRecord.from_bytes(seat.startup) if seat.joining and seat.startup else None
+        estate = self._estate = Estate(seat, self._bulletin)
         self._registry = GroupRegistry(
             rank=seat.rank,
             world_size=seat.world_size,
@@ -74,11 +74,11 @@ class Session:
             parking=self._lot,
             epoch=seat.epoch,
             timeout=_GROUP_TIMEOUT,
-            joining=record,
+            joining=estate.record,
             watch=self._pulse,
         )
         self._line = Line(seat, channel, self._lot, self._registry, self._progress, self._pulse)
-        self._injector = Injector(seat.injections, channel, self._registry.cut_a_connection)
+        self._injector = Injector(estate.injections, channel, self._registry.cut_a_connection, estate.note_fired)
         self._line.injector = self._injector
         self._joining = seat.joining
         self._entered = self._inside = False
@@ -265,11 +265,12 @@ class Session:
     @property
     def reported(self) -> Mapping[str, Step]:
         """The newest step of each kind of report that this rank's predecessor had written."""
-        return self._seat.reported
+        return self._estate.reported
 
     def note_reported(self, name: str, step: Step) -> None:
         """The framework's own report ``name`` of this step is written: a replacement does not write it again."""
         self._channel.send(dialogue.Reported(name, step))
+        self._estate.note_reported(name, step)
 
     def checkpoint_written(self, step: Step) -> None:
         """The framework's own checkpoint of ``step`` is complete on every rank."""
@@ -314,6 +315,7 @@ class Session:
             self._keeper.capture(step, with_record(self._progress.values[step], None))
         acknowledged = partial(self._keeper.has_acknowledged, step)
         self._lot.wait_until(acknowledged, self._mirror_of(step), self._seat.join_timeout)
+        self._estate.begin(startup)
         self._line.say_ready(startup)
 
     def _mirror_of(self, step: Step) -> str:

@@ -11,9 +11,11 @@ from pathlib import Path
 import psutil
 
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
+from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Diagnosed
+from megatron_flashrecovery.core.moves import Move
 from megatron_flashrecovery.core.waiting import whom_for
-from megatron_flashrecovery.runtime.journal import FILE_NAME, Line, decode_as, read_journal
+from megatron_flashrecovery.runtime.journal import FILE_NAME, JobStarted, Line, decode_as, read_journal
 from megatron_flashrecovery.runtime.replay import replay
 from megatron_flashrecovery.runtime.summary import STEPS_NAME, read_steps
 
@@ -76,6 +78,12 @@ class Status:
     """Of the slow ones: for how many looks in a row they were not."""
     diagnosis: Diagnosed | None = None
     blamed: Mapping[NodeId, str] = field(default_factory=dict)
+    spares: tuple[NodeId, ...] = ()
+    """Nodes that wait for seats."""
+    moved: tuple[Move, ...] = ()
+    """Where seats are that began elsewhere."""
+    homeless: tuple[Rank, ...] = ()
+    """Seats that wait for a node."""
     failure: str | None = None
     launcher: LauncherNoted | None = None
 
@@ -124,10 +132,23 @@ def status_of(directory: Path) -> Status:
         easing=job.own_times.easing(),
         diagnosis=job.diagnosis,
         blamed=dict(job.blamed),
+        spares=tuple(job.spares),
+        moved=_moved(decode_as(JobStarted, lines[0]).seats, job),
+        homeless=tuple(sorted(job.seats.homeless)),
         failure=None if end is None else str(end.body["failure"]),
         last_word=max(lines[-1].time, step_time or 0.0),
         launcher=launcher,
     )
+
+
+def _moved(first: Mapping[NodeId, Sequence[Rank]], job: Job) -> tuple[Move, ...]:
+    now: dict[tuple[NodeId, NodeId], list[Rank]] = {}
+    for origin, ranks in first.items():
+        for rank in ranks:
+            target = job.seats.node_of.get(rank)
+            if target is not None and target != origin:
+                now.setdefault((origin, target), []).append(rank)
+    return tuple(Move(tuple(ranks), *nodes) for nodes, ranks in sorted(now.items()))
 
 
 def _newest(lines: Sequence[Line], name: str) -> Line | None:

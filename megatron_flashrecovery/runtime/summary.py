@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from megatron_flashrecovery.core.errors import RecordDamaged
-from megatron_flashrecovery.core.ids import Epoch, Rank, Step
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, Step
 from megatron_flashrecovery.core.messages import Blamed
 from megatron_flashrecovery.core.numbers import BadStep
 from megatron_flashrecovery.runtime.journal import append_whole
@@ -86,6 +86,16 @@ class EpochRecord:
 
 
 @dataclass(frozen=True)
+class MoveRecord:
+    """Seats that went to a spare node in this epoch; from then on ``origin`` has no part in the job."""
+
+    epoch: Epoch
+    ranks: tuple[Rank, ...]
+    origin: NodeId
+    target: NodeId
+
+
+@dataclass(frozen=True)
 class Summary:
     """``state_sha256`` is empty for a run that did not reach its last step. ``blamed``: whoever diagnoses named.
 
@@ -102,6 +112,7 @@ class Summary:
     outcome: Literal["finished", "stopped", "unknown"] = "unknown"
     reason: str = ""
     epochs: tuple[EpochRecord, ...] = ()
+    moves: tuple[MoveRecord, ...] = ()
 
 
 class StepLog:

@@ -13,7 +13,8 @@ def torchrun_environment(config: LaunchConfig, rank: Rank, store: tuple[str, int
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
-        "GROUP_RANK": str(config.node_rank),
+        # That of the seat: a spare node takes the place of another one.
+        "GROUP_RANK": str(rank // config.nproc_per_node),
         "ROLE_RANK": str(rank),
         "WORLD_SIZE": str(config.world_size),
         "LOCAL_WORLD_SIZE": str(config.nproc_per_node),

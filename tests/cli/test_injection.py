@@ -96,6 +96,14 @@ def test_one_that_never_happened_is_told_with_the_reason():
     assert asked.never_happened() == ["kill:rank=0,step=99,at=forward never happened: the job did not come there"]
 
 
+def test_a_spare_node_says_of_those_only_that_it_was_asked_for_itself_that_they_never_happened():
+    asked = Injections([Injection.parse("kill:rank=2,step=99,at=forward")], [])
+    assert [order.index for order in asked.orders(2)] == [0]
+    asked.accept("kill:rank=2,step=98")
+    (never,) = asked.never_happened()
+    assert never.startswith("kill:rank=2,step=98 never happened")
+
+
 def test_memory_is_not_taken_where_no_limit_stops_it(monkeypatch):
     monkeypatch.setattr(injections, "why_no_limit", lambda: "there is no memory limit: set one")
     said = Injections([], [0]).accept("oom:rank=0")

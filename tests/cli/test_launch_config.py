@@ -19,6 +19,8 @@ def test_the_fields_are_these_and_a_new_one_is_a_decision():
         "script_args",
         "module",
         "nnodes",
+        # A node that waits costs as much as one that trains: how many are worth it is the user's to say.
+        "spare_nodes",
         "nproc_per_node",
         "node_rank",
         "master_addr",
@@ -97,6 +99,22 @@ def test_a_wrong_injection_is_named(spec, says):
     [
         pytest.param({"nproc_per_node": 0}, "--nproc-per-node 0", id="no-ranks"),
         pytest.param({"nnodes": 2, "node_rank": 2, "master_port": 1, "token": "x"}, "--node-rank 2", id="node-rank"),
+        pytest.param(
+            {"nnodes": 2, "spare_nodes": 1, "node_rank": 3, "master_port": 1, "token": "x"},
+            r"--node-rank 3: must be from 0 to 2, below --nnodes 2 \+ --spare-nodes 1",
+            id="spare-node-rank",
+        ),
+        pytest.param(
+            {"nnodes": 2, "node_rank": -1, "master_port": 1, "token": "x"},
+            "--node-rank -1: must be from 0 to 1, below --nnodes 2",
+            id="negative-node-rank",
+        ),
+        pytest.param({"spare_nodes": 1}, "--spare-nodes 1: give --nnodes 2 or more, too", id="spare-nodes-alone"),
+        pytest.param(
+            {"nnodes": 2, "spare_nodes": -1, "master_port": 1, "token": "x"},
+            "--spare-nodes -1: must be at least 0",
+            id="negative-spare-nodes",
+        ),
         pytest.param({"nnodes": 2, "token": "x"}, "--master-port is missing", id="no-port"),
         pytest.param({"nnodes": 2, "master_port": 1}, "FLASHRECOVERY_TOKEN is not set", id="no-token"),
         pytest.param({"master_port": 70000}, "--master-port 70000", id="port"),
@@ -138,6 +156,14 @@ def test_a_wrong_configuration_is_refused_when_it_is_built(settings, says):
 def test_deadlines_are_positive_and_in_order(settings):
     with pytest.raises(ConfigError, match="--"):
         Deadlines(**settings)
+
+
+def test_ranks_sit_on_the_first_nodes_at_first_and_spare_ones_have_none():
+    several = {"nnodes": 2, "spare_nodes": 1, "nproc_per_node": 2, "master_port": 1, "token": "x"}
+    nodes = [LaunchConfig(script="train.py", node_rank=node_rank, **several) for node_rank in range(3)]
+    assert {node.world_size for node in nodes} == {4}
+    assert [node.first_seats(node.node_rank) for node in nodes] == [(0, 1), (2, 3), ()]
+    assert [node.is_spare for node in nodes] == [False, False, True]
 
 
 def test_the_token_is_never_shown():

@@ -25,6 +25,8 @@ OURS = {
 }
 # Which difference between ranks matters is the user's to say: nodes of two kinds are no fault.
 OURS |= {"--slow-factor"}
+# How many nodes wait, at the price of as many that could train, is the user's to say.
+OURS |= {"--spare-nodes"}
 # Switches and power domains are the site's, and a diagnosis takes time of node 0 that a site may want for itself.
 OURS |= {"--topology", "--no-diagnosis"}
 
@@ -80,6 +82,12 @@ def test_several_nodes_meet_at_the_endpoint_with_a_token_from_the_environment():
     assert (found.module, found.token) == (True, "secret")
 
 
+def test_spare_nodes_are_started_by_the_same_command():
+    argv = ["--nnodes", "2", "--spare-nodes", "1", "--node-rank", "2", "--rdzv-endpoint", "head:2950", "train.py"]
+    found = config(*argv, FLASHRECOVERY_TOKEN="secret")
+    assert (found.nnodes, found.spare_nodes, found.node_rank, found.is_spare) == (2, 1, 2, True)
+
+
 def test_several_faults_may_be_injected():
     spec = "kill:rank=0,step=6,at=between"
     found = config("--nproc-per-node", "2", "--inject", spec, "--inject", spec, "train.py")
@@ -96,6 +104,8 @@ def test_several_faults_may_be_injected():
         pytest.param(["-m", "no.such.module"], "there is no module no.such.module", id="module-missing"),
         pytest.param(["--nnodes", "1:4", "{script}"], "--nnodes 1:4", id="elastic"),
         pytest.param(["--nnodes", "2", "{script}"], "--node-rank is missing", id="node-rank-missing"),
+        pytest.param(["--spare-nodes", "1", "{script}"], "--spare-nodes 1: give --nnodes 2 or more", id="spares-alone"),
+        pytest.param(["--spare-nodes", "one", "{script}"], "--spare-nodes", id="spare-nodes-no-number"),
         pytest.param(["--nproc-per-node", "many", "{script}"], "--nproc-per-node many", id="no-number"),
         pytest.param(["--inject", "kill:rank=5", "{script}"], "step is missing", id="spec"),
         pytest.param(["--drain-timeout", "soon", "{script}"], "--drain-timeout", id="no-seconds"),
@@ -148,7 +158,15 @@ def test_help_tells_every_default():
     shown = {action.dest: action.help for action in parser()._actions if action.metavar and action.dest != "script"}
     default_of = {field.name: getattr(config.deadlines, field.name) for field in fields(config.deadlines)}
     assert default_of.keys() <= shown.keys()
-    for name in ("nnodes", "nproc_per_node", "max_restarts", "spares_per_node", "shutdown_timeout", "slow_factor"):
+    for name in (
+        "nnodes",
+        "spare_nodes",
+        "nproc_per_node",
+        "max_restarts",
+        "spares_per_node",
+        "shutdown_timeout",
+        "slow_factor",
+    ):
         default_of[name] = getattr(config, name)
     for name, default in default_of.items():
         assert f"({default:g}" in shown[name], name

@@ -13,7 +13,7 @@ import pytest
 from megatron_flashrecovery.cli import main
 from megatron_flashrecovery.core.coordinator import handle
 from megatron_flashrecovery.core.job import Job
-from megatron_flashrecovery.core.messages import Blamed, CheckpointWritten, Diagnosed, StepsTimed
+from megatron_flashrecovery.core.messages import Blamed, CheckpointWritten, Diagnosed, NodeJoined, NodeLost, StepsTimed
 from megatron_flashrecovery.core.seats import Seats
 from megatron_flashrecovery.runtime.chronicle import Chronicle
 from megatron_flashrecovery.runtime.dialogue import StepDone
@@ -110,6 +110,21 @@ def test_a_recovery_names_whom_it_waits_for(run, capsys):
     assert said.splitlines()[0].startswith("draining for 0.")
     assert "epoch 1" in said
     assert "waiting for rank 2 to stop at the next operation" in said
+
+
+def test_spare_nodes_are_told_and_where_seats_are_that_have_moved(run, capsys):
+    run.train().tell(NodeJoined("spare", 2), NodeJoined("spare2", 2))
+    assert "2 spare nodes: spare, spare2" in run.status(capsys)[1].splitlines()
+    run.tell(NodeLost(B, "connection closed"))
+    lines = run.status(capsys)[1].splitlines()
+    assert "ranks 2 and 3 of b are on spare now" in lines
+    assert "1 spare node: spare2" in lines
+    assert "4 ranks on 2 nodes" in lines[0]
+
+
+def test_seats_that_wait_for_a_node_are_told(run, capsys):
+    run.train().tell(NodeLost(B, "connection closed"))
+    assert "ranks 2 and 3 without a node: start a spare one" in run.status(capsys)[1].splitlines()
 
 
 def test_what_was_lost_is_told_afterwards(run, capsys):

@@ -105,7 +105,7 @@ def test_the_device_of_a_rank(local_rank, visible, place):
 
 # --- what follows for the job -----------------------------------------------------------------------------------------
 
-NO_OTHER_NODE = JobConfig(drain_timeout=10.0, drain_grace=2.0, replaces_nodes=False)
+NO_OTHER_NODE = JobConfig(drain_timeout=10.0, drain_grace=2.0, spare_nodes=0)
 
 
 def lost_to(fault, life=1, rank=0, raised=None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_flashrecovery.core.coordinator import Job, JobConfig, handle
 from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank, WorkerId
-from megatron_flashrecovery.core.messages import Loss, RanksReady, SeatsDescribed, WorkersLost
+from megatron_flashrecovery.core.messages import Loss, NodeJoined, NodeLost, RanksReady, SeatsDescribed, WorkersLost
 from megatron_flashrecovery.core.waiting import whom_for
 
 NODE = NodeId("node0")
@@ -37,3 +37,15 @@ def test_after_a_loss_for_whoever_has_not_stopped() -> None:
     job = job_in_training()
     handle(job, WorkersLost(NODE, (Loss(Rank(2), WorkerId("rank2.1"), "killed", Epoch(0)),)), 1.0)
     assert whom_for(job) == "rank 0, 1, 3 to stop at the next operation"
+
+
+def test_seats_whose_node_is_lost_wait_for_another_one() -> None:
+    other = NodeId("node1")
+    job = Job.start(JobConfig(), {NODE: RANKS[:2], other: RANKS[2:]}, sharded=True)
+    peers = dict.fromkeys(RANKS, RANKS)
+    handle(job, SeatsDescribed(NODE, Epoch(0), True, {}, peers, {}), 0.0)
+    handle(job, RanksReady(NODE, Epoch(0), RANKS), 0.0)
+    handle(job, NodeLost(other, "connection closed"), 1.0)
+    assert whom_for(job) == "rank 2, 3 to get a spare node"
+    handle(job, NodeJoined(NodeId("node2"), 2), 2.0)
+    assert whom_for(job) == "rank 0, 1 to stop at the next operation"

@@ -17,6 +17,7 @@ from megatron_flashrecovery.runtime.journal import append_whole
 from megatron_flashrecovery.runtime.summary import (
     EpochRecord,
     GroupTally,
+    MoveRecord,
     PhaseSeconds,
     RecoveryRecord,
     StepLine,
@@ -44,6 +45,7 @@ SUMMARY = Summary(
     outcome="stopped",
     reason="no room",
     epochs=(EpochRecord(Epoch(1), 17.5, "rank 5: killed by SIGKILL", is_restart=False),),
+    moves=(MoveRecord(Epoch(2), (Rank(4), Rank(5)), NodeId("node1"), NodeId("node2")),),
 )
 
 
@@ -95,6 +97,7 @@ def test_a_summary_has_the_fields_that_others_script_against(tmp_path):
         # New with failed runs that say so: how it ended, why, and every epoch, also one that never went on.
         "outcome": "stopped",
         "reason": "no room",
+        "moves": [{"epoch": 2, "ranks": [4, 5], "origin": "node1", "target": "node2"}],
         "epochs": [{"epoch": 1, "began": 17.5, "cause": "rank 5: killed by SIGKILL", "is_restart": False}],
     }
     assert read_summary(tmp_path) == SUMMARY

@@ -163,12 +163,13 @@ def run(job: Job, log_dir: Path, timeout: float = 120.0) -> Outcome:
 def assert_nothing_is_left(session: int) -> None:
     """Every process of the job's session is gone, within a moment of its end."""
     deadline = time.monotonic() + 5.0
-    while left := _of_session(session):
+    while left := processes_of(session):
         assert time.monotonic() < deadline, f"processes {left} are left of the job"
         time.sleep(0.01)
 
 
-def _of_session(session: int) -> list[int]:
+def processes_of(session: int) -> list[int]:
+    """Those of the session that run."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -71,7 +71,18 @@ def test_a_batch_job_trains_on_all_its_nodes(slurm, tmp_path):
     assert done.returncode == 0, done.stdout
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (4, 4)
-    assert "--kill-on-bad-exit=0" in (tmp_path / "flags").read_text()
+    flags = (tmp_path / "flags").read_text()
+    assert "--kill-on-bad-exit=0" in flags
+    assert "--no-kill" in flags
+
+
+@pytest.mark.parametrize("inject", [(), ("--inject", "agent:rank=2,step=3,at=forward")], ids=["calm", "lost-node"])
+def test_a_batch_job_ends_well_with_spare_nodes_also_if_one_was_needed(slurm, tmp_path, inject):
+    done = sbatch({**slurm, "SLURM_NNODES": "3", "SPARE_NODES": "1"}, *inject, str(TOY), "--steps", "6")
+    assert done.returncode == 0, done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (4, 6)
+    assert [move["target"] for move in summary["moves"]] == (["node2"] if inject else [])
 
 
 def test_the_failure_of_a_job_is_that_of_its_batch_script(slurm):

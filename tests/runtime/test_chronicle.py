@@ -12,6 +12,7 @@ import pytest
 
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.coordinator import handle
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.seats import Seats
 from megatron_flashrecovery.runtime import journal, reserve
@@ -21,9 +22,10 @@ from megatron_flashrecovery.runtime.dialogue import StepDone
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.node_messages import StepNoted
 from megatron_flashrecovery.runtime.status import status_of
-from megatron_flashrecovery.runtime.summary import Summary, read_summary
+from megatron_flashrecovery.runtime.summary import MoveRecord, Summary, read_summary
 from tests.core.jobs import CONFIG, SEATS, A, B, described, executed, lost, ready, report, stood
 
+SPARE = NodeId("spare")
 TRAINING = (described(A), described(B), ready(A, 0, 1), ready(B, 2, 3))
 RECOVERED = (
     *(lost(B, 3), stood(report(0), report(1)), stood(report(2)), ready(B, 3, epoch=1)),
@@ -72,6 +74,14 @@ def test_the_summary_has_every_epoch_also_one_that_the_job_never_went_on_from(tm
 def test_the_summary_has_restarts_of_all_workers(tmp_path: Path) -> None:
     summary = Run(tmp_path).tell(lost(A, 0)).end("the launcher ended")
     assert [(found.epoch, found.is_restart) for found in summary.epochs] == [(1, True)]
+
+
+def test_nodes_that_come_and_go_are_told_and_where_their_seats_went_is_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path).tell(*TRAINING, core.NodeJoined(SPARE, 2), core.NodeLost(B, "connection closed"))
+    assert run.end("the launcher ended").moves == (MoveRecord(Epoch(1), (Rank(2), Rank(3)), B, SPARE),)
+    said = run.console.getvalue().splitlines()
+    assert "flashrecovery: spare is there as a spare node" in said
+    assert "flashrecovery: b is lost (connection closed): its ranks 2 and 3 move to spare" in said
 
 
 @pytest.fixture

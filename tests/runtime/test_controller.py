@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_flashrecovery.core.ids import NodeId, Rank
+from megatron_flashrecovery.core import messages as core
+from megatron_flashrecovery.core.ids import Epoch, NodeId, Rank
 from megatron_flashrecovery.core.job import Job, JobConfig
 from megatron_flashrecovery.core.phases import Finished
 from megatron_flashrecovery.runtime import controller as module
@@ -18,7 +19,7 @@ from megatron_flashrecovery.runtime.controller import Controller
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.spool import Request
 
-FIRST, SECOND = NodeId("node0"), NodeId("node1")
+FIRST, SECOND, SPARE = NodeId("node0"), NodeId("node1"), NodeId("node2")
 
 
 class Clock:
@@ -38,7 +39,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def controller_of(tmp_path: Path) -> Controller:
     """Of two nodes that have attached."""
     config = LaunchConfig(script="x", nnodes=2, master_port=1, token="secret", log_dir=tmp_path)
-    job = Job.start(JobConfig(replaces_nodes=False), {FIRST: (Rank(0),), SECOND: (Rank(1),)}, sharded=True)
+    job = Job.start(JobConfig(spare_nodes=0), {FIRST: (Rank(0),), SECOND: (Rank(1),)}, sharded=True)
     records: Any = SimpleNamespace(last_step=0, record=lambda *_: None, close=lambda *_: None)
     controller = Controller(config, job, ("", 0), records)
     for node in (FIRST, SECOND):
@@ -74,6 +75,111 @@ def test_a_node_that_is_lost_behind_the_last_step_is_not_waited_for(tmp_path: Pa
     assert controller._over.is_set()
     (dismissal,) = [controller._outbox[FIRST].get_nowait()]
     assert "node1 was lost behind the last step" in dismissal.failure
+
+
+# --- nodes that come -------------------------------------------------------------------------------------------------
+
+
+def attach(controller: Controller, *joined: node_messages.NodeAttached) -> None:
+    for each in joined:
+        assert controller._why_not(each) is None
+        controller._known.add(each.node)
+        outbox = controller._outbox[each.node] = asyncio.Queue()
+        controller._welcome(each, outbox)
+
+
+def ordered(controller: Controller, node: NodeId) -> list[object]:
+    queue = controller._outbox[node]
+    return [queue.get_nowait() for _ in range(queue.qsize())]
+
+
+def expecting(tmp_path: Path, spares: int) -> Controller:
+    """Two nodes and spare ones; nobody has come."""
+    config = LaunchConfig(
+        script="x", nnodes=2, spare_nodes=spares, nproc_per_node=1, master_port=1, token="secret", log_dir=tmp_path
+    )
+    job = Job.start(JobConfig(spare_nodes=spares), {FIRST: (Rank(0),), SECOND: (Rank(1),)}, sharded=True)
+    records: Any = SimpleNamespace(last_step=0, record=lambda *_: None, close=lambda *_: None)
+    return Controller(config, job, ("head", 7), records)
+
+
+IS_FIRST = node_messages.NodeAttached(FIRST, (Rank(0),))
+IS_SECOND = node_messages.NodeAttached(SECOND, (Rank(1),))
+IS_SPARE = node_messages.NodeAttached(SPARE, (), room=1)
+
+
+def welcome(*ranks: int, epoch: int = 0) -> node_messages.NodeWelcome:
+    return node_messages.NodeWelcome(Epoch(epoch), "head", 7, tuple(map(Rank, ranks)))
+
+
+def test_the_job_begins_when_all_who_have_seats_are_there_and_waits_for_no_spare_node(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=2)
+    attach(controller, IS_SPARE, IS_FIRST)
+    assert ordered(controller, FIRST) == []
+    attach(controller, IS_SECOND)
+    told = [ordered(controller, node) for node in (FIRST, SECOND, SPARE)]
+    assert told == [[welcome(0)], [welcome(1)], [welcome()]]
+
+
+def test_a_node_that_is_lost_before_the_last_one_has_come_is_replaced_in_the_same_start(tmp_path: Path) -> None:
+    """Nobody has a worker yet, so nobody is told to start any before all are there."""
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_SECOND, IS_SPARE)
+    controller._lose_node(SECOND, "its agent closed the connection")
+    assert ordered(controller, SPARE) == [welcome()]
+    attach(controller, IS_FIRST)
+    assert ordered(controller, FIRST) == [welcome(0, epoch=1)]
+    assert ordered(controller, SPARE) == [welcome(1, epoch=1)]
+
+
+def test_a_lost_node_is_given_up_and_its_seats_go_to_the_spare_one(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
+    given_up = controller._outbox[SECOND]
+    controller._lose_node(SECOND, "nothing heard")
+    *_, last = [given_up.get_nowait() for _ in range(given_up.qsize())]
+    assert last == node_messages.Dismiss("this node was given up: nothing heard", 1, at_once=True)
+    _, start, restart = ordered(controller, SPARE)
+    assert start == core.StartWorkers(SPARE, Epoch(1), (Rank(1),))
+    assert isinstance(restart, core.RestartAll)
+    assert not controller._over.is_set()
+
+
+def test_the_job_is_over_when_all_nodes_with_seats_are_done(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
+    controller._lose_node(SECOND, "nothing heard")
+    controller._hear(node_messages.NodeDone(FIRST, ""))
+    assert not controller._over.is_set()
+    controller._hear(node_messages.NodeDone(SPARE, ""))
+    assert controller._dismissal == node_messages.Dismiss("", 0)
+
+
+def test_a_spare_node_that_goes_behind_the_last_step_spoils_no_end(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
+    controller._job.phase = Finished()
+    controller._lose_node(SPARE, "its agent closed the connection")
+    for node in (FIRST, SECOND):
+        controller._hear(node_messages.NodeDone(node, ""))
+    assert controller._dismissal == node_messages.Dismiss("", 0)
+
+
+@pytest.mark.parametrize(
+    ("joined", "says"),
+    [
+        pytest.param(IS_SPARE, "node2 has joined this job before: give each node a --node-rank of its own", id="twice"),
+        pytest.param(node_messages.NodeAttached(NodeId("node3"), (), 1), "node3 has room for 1", id="one-too-many"),
+        pytest.param(node_messages.NodeAttached(SECOND, (Rank(1), Rank(2))), "node1 has ranks [1, 2]", id="ranks"),
+        pytest.param(node_messages.NodeAttached(SECOND, (), 1), "node1 has room for 1", id="a-spare-one-that-is-none"),
+    ],
+)
+def test_a_node_that_has_no_place_in_the_job_is_refused(
+    tmp_path: Path, joined: node_messages.NodeAttached, says: str
+) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_SPARE)
+    assert (controller._why_not(joined) or "").startswith(says)
 
 
 class OneRequest:

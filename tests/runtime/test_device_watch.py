@@ -170,6 +170,19 @@ def test_where_ranks_are_is_told_once_all_have_said_it_and_again_when_it_changes
     assert notes(node, NodePlaced)[1].devices == {4: "0000:3b:00", 5: "0000:5e:00"}
 
 
+def test_a_node_without_seats_has_no_places_to_tell_until_it_gets_some(node):
+    node.watch.ranks = ()
+    node.log.new = [XID_48]
+    assert node.look() == []
+    assert notes(node, NodePlaced) == []
+    node.watch.ranks = (Rank(6), Rank(7))
+    for rank, device in ((6, "GPU-1"), (7, "GPU-2")):
+        node.watch.note_device(Rank(rank), device)
+    node.look()
+    (placed,) = notes(node, NodePlaced)
+    assert placed.devices == {6: "0000:3b:00", 7: "0000:5e:00"}
+
+
 def test_what_counters_of_devices_have_grown_by_is_told(node):
     node.probe.counters = {"device.0000:3b:00.pcie_replays": 5}
     node.look()

@@ -8,7 +8,15 @@ from megatron_flashrecovery.core.errors import RecordDamaged
 from megatron_flashrecovery.core.findings import NumbersBad, PeersDiffered
 from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.job import JobConfig
-from megatron_flashrecovery.core.messages import Loss, NodeLost, OperationsFailed, Park, RanksHung, WorkersLost
+from megatron_flashrecovery.core.messages import (
+    Loss,
+    NodeLost,
+    OperationsFailed,
+    Park,
+    RanksHung,
+    StartWorkers,
+    WorkersLost,
+)
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.diagnose.telemetry import Metric
 from megatron_flashrecovery.runtime import dossier as dossier_module
@@ -176,6 +184,48 @@ def test_a_new_epoch_ends_all_alarms(records):
     assert read_dossier(records.directory).slow == tuple((began, rank, True) for rank in (2, 5)) + tuple(
         (ended, rank, False) for rank in (2, 5)
     )
+
+
+def move(records, *ranks, to="node9"):
+    records.write("command", StartWorkers(NodeId(to), Epoch(1), tuple(map(Rank, ranks))), epoch=1)
+
+
+def test_what_was_seen_of_a_rank_speaks_of_the_node_where_it_sat_then(records):
+    """A lost node is no part of the job any more, and the one in its place is not to blame for it."""
+    records.train(2, {3: 4.0}).name_slow(3).lose(3)
+    records.write("note", HeartbeatsLate(NODE, 3, 1.5))
+    records.write("note", NodeMeasured(NODE, 20.0, {"nic.eth0.rx_errors": 2}))
+    records.now += 60.0
+    records.write("event", NodeLost(NODE, "silent"))
+    move(records, 2, 3)
+    late = WorkersLost(NODE, (Loss(Rank(2), WorkerId("rank2.7"), "killed", Epoch(0)),))
+    records.now += 1.0
+    records.write("event", late)
+    records.write("note", HeartbeatsLate(NodeId("node9"), 1, 1.5))
+    dossier = read_dossier(records.directory, last=600.0)
+    assert {rank: dossier.node_of[rank] for rank in (1, 2, 3, 4)} == {1: "node0", 2: "node9", 3: "node9", 4: "node2"}
+    assert (dossier.host_of[2], dossier.host_of[4]) == ("node9", "gpu02")
+    assert (dossier.incidents, dossier.slow) == ((), ())
+    assert not {2, 3} & {rank for sample in dossier.samples for rank in sample.values}
+    assert {sample.host for sample in dossier.samples} == {"", "node9"}
+    assert not {2, 3} & dossier.devices.keys()
+    records.write(
+        "event", WorkersLost(NodeId("node9"), (Loss(Rank(2), WorkerId("rank2.1@node9"), "killed", Epoch(1)),))
+    )
+    assert strikes_of(read_dossier(records.directory)) == [(2,)]
+
+
+def test_a_rank_that_is_started_again_where_it_was_has_not_moved(records):
+    records.lose(3)
+    move(records, 3, to="node1")
+    assert [each.ranks for each in read_dossier(records.directory).incidents] == [(3,)]
+
+
+def test_a_spare_node_is_no_place_of_the_job(records):
+    records.write("note", HeartbeatsLate(NodeId("node9"), 1, 1.5))
+    records.write("event", NodeLost(NodeId("node9"), "silent"))
+    dossier = read_dossier(records.directory)
+    assert (dossier.incidents, dossier.samples) == ((), ())
 
 
 def test_a_job_that_never_began_has_no_layout(tmp_path):

@@ -26,6 +26,23 @@ def test_a_signal_before_any_worker_has_a_seat_ends_the_job_at_once() -> None:
     assert sent == []
 
 
+def test_a_spare_node_leaves_by_itself() -> None:
+    workers: Any = SimpleNamespace(seated=lambda: [])
+    spare = Farewell(NodeId("node2"), 30.0, workers, SimpleNamespace(send=list[object]().append), Departures([]))
+    leaves = Dismiss("told to end by SIGTERM, and no worker sits here", 1, at_once=True)
+    assert spare.pass_on(signal.SIGTERM) == leaves
+    elsewhere: list[object] = []
+    controllers = Farewell(NODE, 30.0, workers, SimpleNamespace(send=elsewhere.append), Departures([]))
+    assert controllers.pass_on(signal.SIGTERM) is None, "ranks on other nodes may still need it"
+
+
+def test_a_node_without_seats_is_never_done() -> None:
+    departures = Departures([])
+    assert departures.result() is None
+    assert departures.stayed_alone() == []
+    assert departures.result() is None
+
+
 def test_workers_are_told_and_have_their_time() -> None:
     told: list[object] = []
     sent: list[object] = []

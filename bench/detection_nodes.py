@@ -2,12 +2,15 @@
 (ten runs, with network namespaces), a connection that is shut between living ranks, and what the kernel says of a
 device (ten of each in one run; the kernel's log is written to, so root is needed, and no NVIDIA driver).
 
-A shut connection is timed from the first operation that fails of it to the order to stop.
+A shut connection is timed from the first operation that fails of it to the order to stop. A node of two ranks is killed
+with all of its processes, and what took its place, too, three in one run; that is timed until every rank has done a
+step again.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -19,10 +22,10 @@ from bench.launched import with_recovery
 from bench.report import Figure, write
 from megatron_flashrecovery.detect.kernel_log import KMSG
 from megatron_flashrecovery.runtime.journal import FILE_NAME, Line, read_journal
-from tests.processes.launcher import TOY, Job
-from tests.processes.nodes import routed, two_nodes
+from tests.processes.launcher import TOY, Job, Running, processes_of
+from tests.processes.nodes import routed, several_nodes, two_nodes
 
-TIMES, EVERY = 10, 10
+TIMES, EVERY, SPARES = 10, 10, 3
 _TIMEOUT = 580.0
 _AT_MOST = {"network cut": 3.0, "connection reset": 1.0, "device error in the kernel's log": 1.0}
 
@@ -34,14 +37,19 @@ def main() -> None:
         "device error in the kernel's log": device_error,
     }
     samples = {kind: take() for kind, take in measure.items()}
+    samples["node"] = nodes_killed()
     write("detection_nodes", figures(samples), samples)
 
 
 def figures(samples: dict[str, list[float]]) -> list[Figure]:
     found = []
-    for kind, seconds in samples.items():
+    for kind in _AT_MOST:
+        seconds = samples[kind]
         found.append(Figure(f"detection of {kind}, median of {TIMES}", statistics.median(seconds), "s"))
         found.append(Figure(f"detection of {kind}, worst", max(seconds), "s", at_most=_AT_MOST[kind]))
+    name = "a node killed to first step on a spare node"
+    found.append(Figure(f"{name}, median of {SPARES}", statistics.median(samples["node"]), "s"))
+    found.append(Figure(f"{name}, worst", max(samples["node"]), "s"))
     return found
 
 
@@ -59,6 +67,28 @@ def network_cut() -> float:
             node.process.communicate(timeout=_TIMEOUT)
         (lost,) = nodes.first.journal("NodeLost")
         return lost.time - cut
+
+
+def nodes_killed() -> list[float]:
+    job = Job(TOY, ranks=2, arguments=("--steps", "1000000", "--compute", "0.02"))
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        several_nodes(job, Path(directory), spares=SPARES) as several,
+    ):
+        nodes = [several.start(node) for node in range(2 + SPARES)]
+        nodes[0].wait_for(lambda: nodes[0].count("NodeJoined") == SPARES, "all spare nodes", _TIMEOUT)
+        return [node_killed(nodes[0], node) for node in nodes[1:-1]]
+
+
+def node_killed(first: Running, node: Running) -> float:
+    upto = first.steps_done() + EVERY
+    first.wait_for(lambda: first.steps_done() >= upto, f"{EVERY} steps", _TIMEOUT)
+    done = first.count("FirstStepNoted")
+    killed = time.time()
+    for pid in processes_of(node.process.pid):
+        os.kill(pid, signal.SIGKILL)
+    first.wait_for(lambda: first.count("FirstStepNoted") == done + 4, "a step of all four ranks", _TIMEOUT)
+    return max(line.time for line in first.journal("FirstStepNoted")) - killed
 
 
 def connection_reset() -> list[float]:

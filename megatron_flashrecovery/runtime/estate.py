@@ -33,6 +33,7 @@ class Estate:
             self.record = StartupRecord.from_bytes(seat.startup or bulletin.read(_startup_key(seat.rank)))
         if seat.joining and seat.may_move:
             self.reported = _REPORTED.decode(bulletin.read(_reported_key(seat.rank)))
+        if seat.may_move:
             self.injections = tuple(each for each in seat.injections if not bulletin.has(_fired_key(seat.rank, each)))
         self._all_reported = dict(self.reported)
 

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_flashrecovery.cli import main
+from megatron_flashrecovery.runtime.replay import replay
 from megatron_flashrecovery.runtime.summary import MoveRecord
 from tests.processes.conftest import Undisturbed
 from tests.processes.launcher import ROOT, Job, Outcome, Running, processes_of
 from tests.processes.matrix import gpt
 from tests.processes.nodes import Place, SeveralNodes, routed, several_nodes
 from tests.processes.test_device_errors import say_in_kernel_log
+from tests.processes.test_injection import inject
 from tests.processes.test_silent_nodes import is_running, wait_until_gone
 
 STARTED_WITHIN = 180.0
@@ -110,6 +113,8 @@ def test_the_seats_of_a_killed_node_move_and_are_as_well_protected_there(tmp_pat
     assert outcome.summary.moves == (MOVED,)
     assert "this is a spare node: it waits until another one is lost" in words
     assert "the job stops" not in words
+    assert replay(outcome.journal_lines()).difference is None
+    assert main(["diagnose", str(outcome.log_dir)], {}) == 1, "nobody is to blame"
 
 
 def test_spare_nodes_are_used_one_after_the_other(tmp_path: Path, equal) -> None:
@@ -121,6 +126,30 @@ def test_spare_nodes_are_used_one_after_the_other(tmp_path: Path, equal) -> None
         assert job.nodes[3].process.wait(20) == 0
     equal(outcome)
     assert outcome.summary.moves == (MOVED, MoveRecord(2, (2, 3), "node2", "node3"))
+
+
+def test_a_spare_node_that_is_lost_while_its_ranks_join_is_replaced_in_the_same_recovery(tmp_path: Path, equal) -> None:
+    arguments = (*STEPS, "--join-delay", "2")
+    with cluster(tmp_path, Job(ranks=2, arguments=arguments), spares=2) as job:
+        kill_node(job.nodes[1])
+        job.first.wait_for(lambda: job.first.count("WorkerStarted") == 6, "the workers on the spare node")
+        kill_node(job.nodes[2])
+        outcome = job.end()
+        assert job.nodes[3].process.wait(20) == 0
+    equal(outcome, arguments)
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [(2, 3)]
+    assert outcome.summary.moves == (MOVED, MoveRecord(2, (2, 3), "node2", "node3"))
+
+
+def test_a_signal_to_all_nodes_lets_workers_end_and_spare_nodes_leave_at_once(tmp_path: Path) -> None:
+    with cluster(tmp_path, replace(ENDLESS, arguments=(*ENDLESS.arguments, "--on-sigterm", "leave"))) as job:
+        for node in job.nodes:
+            node.process.terminate()
+        words = last_words_of(job.nodes[2])
+        outcome = job.end()
+        assert [node.process.wait(20) for node in job.nodes] == [128 + signal.SIGTERM] * 3
+    assert "this node leaves the job: told to end by SIGTERM, and no worker sits here" in words
+    assert (outcome.recoveries, "the job stops: told to end by SIGTERM" in outcome.said) == ((), True)
 
 
 def test_a_spare_node_that_is_lost_disturbs_nobody_and_without_one_the_job_stops(tmp_path: Path) -> None:
@@ -233,6 +262,21 @@ def test_a_node_whose_device_is_gone_is_left_out_for_a_spare_one(tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_a_node_without_any_copy_elsewhere_starts_all_from_the_checkpoint_on_the_spare_one(tmp_path: Path) -> None:
+    """With a plain optimizer the copies are with peers, and all of them were on the lost node."""
+    calm = gpt("--no-use-distributed-optimizer", "--save", str(tmp_path / "saved"), "--save-interval", "3")
+    job = replace(calm, ranks=4, injections=("agent:rank=5,step=5,at=backward",))
+    with several_nodes(job, tmp_path, spares=1) as several:
+        nodes = Cluster([several.start(node) for node in range(3)], several)
+        outcome = nodes.end(timeout=240.0)
+        assert nodes.nodes[2].process.wait(20) == 0
+    assert outcome.exit_code == 0, outcome.said
+    assert "all workers start again, from the newest checkpoint" in outcome.said
+    assert [line.step for line in outcome.steps] == list(range(1, 10))
+    assert [move.target for move in outcome.summary.moves] == ["node2"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["backward", "optimizer"])
 def test_a_node_with_a_whole_pipeline_stage_moves_in_real_megatron_core(
     tmp_path: Path, undisturbed: Undisturbed, at: str
@@ -263,15 +307,18 @@ def test_neither_a_second_node_of_one_number_nor_a_lost_one_gets_into_the_job(tm
         assert job.first.count("NodeLost") == 1
 
 
-def test_status_tells_of_spare_nodes_and_where_seats_are(tmp_path: Path) -> None:
+def test_status_tells_where_seats_are_and_faults_find_them_there(tmp_path: Path) -> None:
     def status() -> dict[str, object]:
         command = [sys.executable, "-m", "megatron_flashrecovery", "status", "--json", str(tmp_path / "0")]
         told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         return {key: json.loads(told)[key] for key in ("spares", "moved", "nodes")}
 
-    with cluster(tmp_path, ENDLESS) as job:
+    with cluster(tmp_path, replace(ENDLESS, flags=("--allow-injection",))) as job:
         assert status() == {"spares": ["node2"], "moved": [], "nodes": 2}
         kill_node(job.nodes[1])
         job.wait_for_recovery(1)
         moved = {"ranks": [2, 3], "origin": "node1", "target": "node2"}
         assert status() == {"spares": [], "moved": [moved], "nodes": 2}
+        said = inject(tmp_path / "0", "kill:rank=2")
+        assert said.returncode == 0, said.stderr
+        job.wait_for_recovery(2)

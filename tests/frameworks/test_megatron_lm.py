@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ from tests.frameworks.megatron_lm_job import CHECKOUT, SHARDED, STEPS, pretrain
 from tests.processes.conftest import Equal, Undisturbed
 from tests.processes.launcher import ROOT, Outcome, run, started
 from tests.processes.matrix import MOMENTS, assert_changes_no_bit, kill
+from tests.processes.nodes import several_nodes
 
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MEGATRON_LM names no checkout of Megatron-LM")
 
@@ -242,6 +244,23 @@ def test_a_replaced_logging_rank_goes_on_with_the_same_run_of_wandb(tmp_path_fac
     rows = [row for file in files for row in RunFile(file).rows()]
     logged = [row.step.num for row in rows if any(list(item.nested_key) == ["lm loss"] for item in row.item)]
     assert sorted(logged) == list(range(1, STEPS + 1))
+
+
+def test_a_lost_node_with_the_rank_that_logs_moves_and_each_step_is_logged_once(
+    tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed
+) -> None:
+    calm, log_dir = pretrain(*SHARDED), tmp_path_factory.mktemp("run")
+    job = replace(calm, ranks=4, injections=("agent:rank=5,step=5,at=backward", kill(7, 7, "backward")))
+    with several_nodes(job, log_dir, spares=1) as several:
+        nodes = [several.start(node) for node in range(3)]
+        said, _ = nodes[0].process.communicate(timeout=240.0)
+        assert nodes[2].process.wait(20) == 0
+    outcome = Outcome(nodes[0].log_dir, nodes[0].process.returncode, said)
+    assert outcome.exit_code == 0, said
+    assert (outcome.results(), outcome.state) == (undisturbed(calm).results(), undisturbed(calm).state)
+    assert [recovery.lost_ranks for recovery in outcome.recoveries] == [(4, 5, 6, 7), (7,)]
+    logged = "".join((log_dir / node / "logs" / "rank7.log").read_text() for node in "12")
+    assert losses(logged) == losses(undisturbed(calm).said)
 
 
 @pytest.mark.parametrize("flags", [SHARDED, ("--rerun-mode", "disabled")], ids=["rerun", "plain-without-rerun"])

@@ -117,6 +117,7 @@ def test_the_seats_of_a_killed_node_move_and_are_as_well_protected_there(tmp_pat
     assert main(["diagnose", str(outcome.log_dir)], {}) == 1, "nobody is to blame"
 
 
+@pytest.mark.slow
 def test_spare_nodes_are_used_one_after_the_other(tmp_path: Path, equal) -> None:
     with cluster(tmp_path, spares=2) as job:
         for number, lost in enumerate((1, 2), start=1):
@@ -168,6 +169,7 @@ def test_a_spare_node_that_is_lost_disturbs_nobody_and_without_one_the_job_stops
     assert outcome.recoveries == ()
 
 
+@pytest.mark.slow
 def test_a_spare_node_may_come_when_it_is_needed(tmp_path: Path, equal) -> None:
     with several_nodes(JOB, tmp_path, spares=1) as several:
         job = Cluster([several.start(0), several.start(1)], several)
@@ -212,6 +214,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_when_it_is_joined_again_nothing_
     assert "this node leaves the job: the controller's machine has acknowledged nothing for 2" in words
 
 
+@pytest.mark.slow
 def test_an_agent_that_does_not_run_is_replaced_and_its_workers_end_when_it_goes_on(
     tmp_path: Path, undisturbed: Undisturbed
 ) -> None:

@@ -284,7 +284,8 @@ class GroupRegistry:
         store = self._store_of(group)
         meet(store, group.identity.size, lambda: group.severed, self._timeout)
         # At the start of a job the loss of a member ends it for all.
-        if self._epoch > self._start_epoch and all(name == "gloo" for _, name in group.identity.backends):
+        is_start = self._recording and self._epoch == self._start_epoch
+        if not is_start and all(name == "gloo" for _, name in group.identity.backends):
             return self._set_up.make(group.identity, self._prefix_of(group), lambda: group.severed)
         return Communicator(group.identity, store)
 

@@ -45,7 +45,8 @@ def check_differences(job: Job, now: float) -> list[Command]:
     why += f"; {rule.when}: {node} is left out"
     if rule.action is Action.STOP:
         return halt(job, f"{why}: start the job again without it")
-    fence = Fence(node, tuple(sorted(job.seats.ranks_on[node])), why, Epoch(job.epoch + 1), Fault.CORRUPTION)
+    # As of a lost node: whoever only restarts would take these seats again, beside those who have them then.
+    fence = Fence(node, tuple(sorted(job.seats.ranks_on[node])), why, Epoch(job.epoch + 1), Fault.NODE_LOST)
     job.capacity.pop(node, None)
     job.seats.evict(node)
     return [fence, *fall_back(job, why, now)]

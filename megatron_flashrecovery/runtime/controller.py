@@ -62,8 +62,8 @@ class Controller:
         self._has_begun = False
         nodes = range(config.nnodes + config.spare_nodes)
         self._first_seats = {f"node{node_rank}": config.first_seats(node_rank) for node_rank in nodes}
-        self._done: set[NodeId] = set()
-        self._failures: list[str] = []
+        self._done: dict[NodeId, str] = {}
+        """Whose workers have all ended, and what was wrong all the same."""
         self._over = asyncio.Event()
         self._dismissal = node_messages.Dismiss("", 0)
         self._server = ControlServer(node_messages.control_codec(), config.token, __version__, self._attach)
@@ -147,6 +147,8 @@ class Controller:
     async def _read(self, node: NodeId, messages: AsyncIterator[object]) -> None:
         with self._failures_end_the_job():
             async for message in messages:
+                if node not in self._outbox:
+                    continue  # given up: it has no say any more, until it hears of that
                 self._last_heard[node] = now = time.monotonic()
                 self._punctuality.hear(node, now)
                 self._hear(message)
@@ -180,10 +182,11 @@ class Controller:
                 self._chronicle.note(message)
 
     def _note_done(self, node: NodeId, failure: str) -> None:
-        self._done.add(node)
-        self._failures += [failure] if failure else []
-        if self._job.seats.ranks_on.keys() <= self._done:
-            self._end(node_messages.Dismiss("; ".join(self._failures), 1 if self._failures else 0))
+        self._done[node] = failure
+        seated = self._job.seats.ranks_on
+        if not self._job.seats.homeless and seated.keys() <= self._done.keys():
+            failures = [failure for node, failure in self._done.items() if failure and node in seated]
+            self._end(node_messages.Dismiss("; ".join(failures), 1 if failures else 0))
 
     def _apply(self, event: core.Event) -> None:
         now = time.monotonic()
@@ -207,6 +210,8 @@ class Controller:
                 if node in self._outbox:
                     self._outbox[node].put_nowait(command)
             case core.Park() | core.Resume() | core.Release() | core.RestartAll():
+                if isinstance(command, core.RestartAll):
+                    self._done.clear()
                 for queue in self._outbox.values():
                     queue.put_nowait(command)
             case core.Stop(reason=reason):

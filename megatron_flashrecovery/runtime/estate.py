@@ -16,6 +16,7 @@ from megatron_flashrecovery.runtime.bulletin import Bulletin
 from megatron_flashrecovery.runtime.dialogue import InjectionOrder, Seat
 from megatron_flashrecovery.runtime.injection import is_always
 
+_NONE = Step(-1)
 _REPORTED = msgspec.msgpack.Decoder(dict[str, Step])
 
 
@@ -32,7 +33,10 @@ class Estate:
         if seat.joining:
             self.record = StartupRecord.from_bytes(seat.startup or bulletin.read(_startup_key(seat.rank)))
         if seat.joining and seat.may_move:
-            self.reported = _REPORTED.decode(bulletin.read(_reported_key(seat.rank)))
+            # The agent may have been told of one that was not posted any more.
+            posted = _REPORTED.decode(bulletin.read(_reported_key(seat.rank)))
+            names = posted.keys() | seat.reported.keys()
+            self.reported = {name: max(posted.get(name, _NONE), seat.reported.get(name, _NONE)) for name in names}
         if seat.may_move:
             self.injections = tuple(each for each in seat.injections if not bulletin.has(_fired_key(seat.rank, each)))
         self._all_reported = dict(self.reported)

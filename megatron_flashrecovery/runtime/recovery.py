@@ -143,8 +143,9 @@ class Recovery:
             self._registry.rebuild(share.rebuild, plan.epoch)
             self._registry.reset_counts(None)
         else:
-            self._registry.go_live(plan.epoch)
+            # First: one that is cut short is made up for by a rebuild, for the rest of the start is kept only once.
             self._live = True
+            self._registry.go_live(plan.epoch)
 
     # --- state --------------------------------------------------------------------------------------------------------
 

@@ -434,6 +434,47 @@ def test_a_replacement_starts_from_the_record_and_then_joins_the_others(run_rank
     assert again[-1] == [1.0] * 20000, "outputs above 64 KiB are left as they are"
 
 
+def cut_short(rank: int, size: int, store: Any, record: bytes) -> None:
+    """A replacement whose partner is lost while it connects joins by the next plan, and its start goes on."""
+    registry = registry_of(rank, size, store, epoch=Epoch(1), joining=StartupRecord.from_bytes(record))
+    dist.init_process_group("gloo")
+    (world,) = registry.groups
+    registry.sever([world], "rank 0 is lost", Epoch(2))
+    with pytest.raises(Severed):
+        registry.go_live(Epoch(1))
+    meet(store, "cut short", size)
+    registry.rebuild([world], Epoch(2))
+    registry.rehearse(True)
+    dist.all_reduce(tensor := torch.ones(1))  # the start is not over
+    assert tensor.item() == 2
+    registry.rehearse(False)
+    dist.all_reduce(tensor := torch.ones(3))
+    assert tensor.tolist() == [2, 2, 2]
+
+
+def starts_and_goes_on(rank: int, size: int, store: Any) -> bytes | None:
+    """Rank 1 is lost after the start."""
+    registry = registry_of(rank, size, store)
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    record = registry.startup_record().to_bytes()
+    registry.stop_recording()
+    meet(store, "recorded", size)
+    if rank == 1:
+        return record
+    registry.sever(registry.groups, "rank 1 is replaced")
+    meet(store, "cut short", size)
+    registry.rebuild(registry.groups, Epoch(2))
+    dist.all_reduce(torch.ones(3))
+    return None
+
+
+def test_a_replacement_that_is_cut_short_while_it_connects_keeps_the_rest_of_its_start(run_ranks):
+    survivor = run_ranks.start(starts_and_goes_on, 0, 2)
+    (record,) = run_ranks.results([run_ranks.start(starts_and_goes_on, 1, 2)], deadline=30)
+    run_ranks.results([survivor, run_ranks.start(cut_short, 1, 2, record)], deadline=30)
+
+
 def recording_of(function: Any) -> StartupRecord:
     registry = registry_of(0, 1, dist.HashStore())
     try:

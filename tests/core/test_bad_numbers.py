@@ -197,3 +197,14 @@ def test_peers_that_differ_end_the_job_without_a_checkpoint_to_go_back_to(pairs,
     assert "data-parallel peers hold different parameters in step 64 (part 3 of 64)" in stop.reason
     assert says in stop.reason
     assert "there is no checkpoint to fall back to" in stop.reason
+
+
+def test_the_node_of_a_device_that_was_wrong_before_is_left_out_for_good():
+    """Told as a lost node: a restart of all is told to it, too, and its seats are another one's by then."""
+    job = training_job()
+    play(job, NodeJoined(NodeId("c"), 4), CheckpointWritten(Step(60)))
+    job.suspect(Rank(0))
+    play(job, differs(0, 1, 3), differs(2, 0, 3), now=10.0)
+    fence, *others = play(job, ClockTicked(), now=11.0)
+    assert fence == Fence(A, (0, 1), fence.reason, 1, Fault.NODE_LOST)
+    assert [type(other).__name__ for other in others] == ["StartWorkers", "RestartAll"]

@@ -85,6 +85,18 @@ def test_a_batch_job_ends_well_with_spare_nodes_also_if_one_was_needed(slurm, tm
     assert [move["target"] for move in summary["moves"]] == (["node2"] if inject else [])
 
 
+def test_a_batch_job_that_never_ran_fails_whatever_an_earlier_one_has_left_there(slurm, tmp_path):
+    """SLURM may put a job into its queue again: same number, same directory."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "journal.jsonl").write_text("")
+    (run / "summary.json").write_text('{"outcome": "finished"}')
+    os.utime(run / "summary.json", (1, 1))
+    done = sbatch({**slurm, "SLURM_NNODES": "3", "SPARE_NODES": "1"}, "--join-timeout", "5", str(TOY), "--steps", "6")
+    assert done.returncode != 0, done.stdout
+    assert json.loads((run / "summary.json").read_text()) == {"outcome": "finished"}
+
+
 def test_the_failure_of_a_job_is_that_of_its_batch_script(slurm):
     done = sbatch(slurm, str(TOY), "--no-such-flag")
     assert done.returncode != 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,6 +154,50 @@ def test_the_job_is_over_when_all_nodes_with_seats_are_done(tmp_path: Path) -> N
     assert not controller._over.is_set()
     controller._hear(node_messages.NodeDone(SPARE, ""))
     assert controller._dismissal == node_messages.Dismiss("", 0)
+
+
+def test_what_was_wrong_on_a_node_that_was_replaced_is_no_failure_of_the_job(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
+    controller._hear(node_messages.NodeDone(SECOND, "told to end by SIGTERM"))
+    controller._lose_node(SECOND, "nothing heard")
+    for node in (FIRST, SPARE):
+        assert not controller._over.is_set()
+        controller._hear(node_messages.NodeDone(node, ""))
+    assert controller._dismissal == node_messages.Dismiss("", 0)
+
+
+def test_the_job_is_not_over_while_seats_wait_for_a_node(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND)
+    controller._lose_node(SECOND, "nothing heard")
+    controller._hear(node_messages.NodeDone(FIRST, ""))
+    assert not controller._over.is_set()
+
+
+def test_who_was_done_before_all_workers_started_again_is_not_done(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
+    controller._hear(node_messages.NodeDone(FIRST, ""))
+    controller._lose_node(SECOND, "nothing heard")
+    for node in (SPARE, FIRST):
+        assert not controller._over.is_set()
+        controller._hear(node_messages.NodeDone(node, ""))
+    assert controller._over.is_set()
+
+
+def test_a_node_that_was_given_up_has_no_say_any_more(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
+    controller._lose_node(SECOND, "nothing heard")
+
+    async def late() -> AsyncIterator[object]:
+        yield node_messages.Heartbeat(SECOND)
+        yield node_messages.StartRefused(SECOND, "no such flag")
+
+    asyncio.run(controller._read(SECOND, late()))
+    assert not controller._over.is_set()
+    assert SECOND not in controller._last_heard
 
 
 def test_a_spare_node_that_goes_behind_the_last_step_spoils_no_end(tmp_path: Path) -> None:

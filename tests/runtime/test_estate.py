@@ -33,7 +33,8 @@ class Board:
         return key in self.posted
 
 
-def estate(board: Any, joining: bool, may_move: bool = True, startup: bytes = b"") -> Estate:
+def estate(board: Any, joining: bool, may_move: bool = True, startup: bytes = b"", reported: int | None = 1) -> Estate:
+    """``reported``: what the agent has been told of."""
     seat = Seat(
         rank=Rank(2),
         worker=WorkerId("rank2.1"),
@@ -51,7 +52,7 @@ def estate(board: Any, joining: bool, may_move: bool = True, startup: bytes = b"
         script_args=(),
         environment={},
         injections=(AGENT, KILL, ALWAYS),
-        reported={"log": Step(1)},
+        reported={} if reported is None else {"log": Step(reported)},
         may_move=may_move,
     )
     return Estate(seat, board)
@@ -77,12 +78,20 @@ def test_what_is_reported_is_not_reported_again_by_any_successor() -> None:
     assert estate(board, joining=True).reported == {"log": 4, "tensorboard": 5}
 
 
+def test_what_the_agent_was_told_of_and_nobody_posted_counts_too() -> None:
+    board = Board()
+    first = estate(board, joining=False)
+    first.begin(RECORD.to_bytes())
+    first.note_reported("log", Step(4))
+    assert estate(board, joining=True, reported=5).reported == {"log": 5}
+
+
 def test_a_new_start_of_the_whole_job_reports_anew() -> None:
     board = Board()
     for _start in range(2):
-        begun = estate(board, joining=False)
+        begun = estate(board, joining=False, reported=None)
         begun.begin(RECORD.to_bytes())
-        assert estate(board, joining=True).reported == {}
+        assert estate(board, joining=True, reported=None).reported == {}
         begun.note_reported("log", Step(4))
 
 

@@ -39,7 +39,7 @@ def test_two_runs_are_equal_bit_for_bit(tmp_path):
             id="distributed-bf16-overlapped",
             marks=pytest.mark.slow,
         ),
-        pytest.param(["--no-use-distributed-optimizer"], id="plain"),
+        pytest.param(["--no-use-distributed-optimizer"], id="plain", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_goes_on_from_a_checkpoint_is_equal_bit_for_bit(tmp_path, flags):

@@ -76,7 +76,9 @@ def test_who_does_not_end_is_ended(tmp_path: Path) -> None:
     assert "rank 0, 1, 2, 3 had not ended 1 s after SIGTERM" in outcome.said
 
 
-@pytest.mark.parametrize("how", ["SIGINT", "second signal", "no time"])
+@pytest.mark.parametrize(
+    "how", ["SIGINT", *(pytest.param(how, marks=pytest.mark.slow) for how in ("second signal", "no time"))]
+)
 def test_a_launcher_in_a_hurry_ends_them_at_once(tmp_path: Path, how: str) -> None:
     flags = ("--shutdown-timeout", "0") if how == "no time" else ()
     job = Job(arguments=(*FOR_EVER, "--on-sigterm", "ignore"), flags=flags)

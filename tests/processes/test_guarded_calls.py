@@ -22,7 +22,7 @@ def totals(outcome: Outcome) -> dict[tuple[int, int], str]:
     return found
 
 
-@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("call", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("rank", "step", "flags"),
     [(1, 4, ()), (0, 1, ("--replicated",)), (3, 10, ()), (2, 9, ("--replicated",))],

@@ -51,6 +51,7 @@ class SetUp:
                 self._own = None  # the thread may be inside of it for as long as it waits
                 raise Severed(reason)
         if result.error is not None:
+            self._own = None  # a wait in it may have been given up half way, and its answer still come
             raise result.error
         assert result.made is not None
         return result.made

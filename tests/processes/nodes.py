@@ -97,8 +97,8 @@ class SeveralNodes:
         self._places = places
         self._stack = stack
         self.port = free_port() if places[0] is LOCAL else 29517
-        self._flags = ("--nnodes", "2", "--spare-nodes", str(spares))
-        self._flags += ("--master-addr", places[0].address, "--master-port", str(self.port))
+        where = ("--master-addr", places[0].address, "--master-port", str(self.port))
+        self._flags = ("--nnodes", "2", "--spare-nodes", str(spares), *where)
 
     def start(self, node: int) -> Running:
         place = self._places[node]

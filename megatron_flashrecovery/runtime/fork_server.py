@@ -24,7 +24,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +80,11 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     began = time.monotonic()
     script, hooks = sys.argv[2], sys.argv[3:]
-    call_hooks(hooks)
-    problem = preload(script) or unsafe_to_fork()
+    prepare = call_hooks(hooks)
+    problem = preload(script)
+    if not problem:
+        prepare()
+        problem = unsafe_to_fork()
     gc.collect()
     gc.freeze()  # the children share what exists now: a collection in them must not copy every page of it
     channel.send(Preloaded(time.monotonic() - began, problem))
@@ -89,9 +92,15 @@ def main() -> None:
         _become_worker(*inherited)
 
 
-def call_hooks(hooks: Sequence[str]) -> None:
-    for hook in hooks:
-        pkgutil.resolve_name(hook)()
+def call_hooks(hooks: Sequence[str]) -> Callable[[], None]:
+    """Returns what a fork server calls behind the script's imports: what every worker would otherwise find out anew."""
+    preparations = [pkgutil.resolve_name(hook)() for hook in hooks]
+
+    def prepare() -> None:
+        for each in preparations:
+            each()
+
+    return prepare
 
 
 def preload(script: str) -> str:

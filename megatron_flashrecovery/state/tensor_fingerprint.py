@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import xxhash
 
 _LANES = 1 << 17
+_FEW_LANES = 1 << 14
+"""So many a tensor has before a lane gets a second word; below that, the calls cost more than what they compute."""
+_WORDS_PER_LANE = 16
 _LOW_HALF = 0xFFFFFFFF
 # Congruent to 5 modulo 8, so of the largest order modulo 2**64, and -1 is none of its powers: two flipped bits never
 # cancel each other.
@@ -29,9 +32,25 @@ def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
     described = xxhash.xxh3_128()
     for name, tensor in tensors:
         described.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
-    for pair in _to_host([_digest(tensor.detach()) for _, tensor in tensors]):
+    for pair in _to_host([_digest(words) for words in _together(_words(tensor.detach()) for _, tensor in tensors)]):
         described.update(pair)
     return described.digest()
+
+
+def _together(words: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Small tensors that follow each other on one device as one: their shapes tell where each ends."""
+    small: list[torch.Tensor] = []
+    for each in words:
+        if small and (small[0].device != each.device or sum(map(len, small)) + len(each) > _FEW_LANES):
+            yield _one(small)
+            small = []
+        small.append(each)
+    if small:
+        yield _one(small)
+
+
+def _one(words: Sequence[torch.Tensor]) -> torch.Tensor:
+    return words[0] if len(words) == 1 else torch.cat(list(words))
 
 
 def _to_host(digests: Sequence[torch.Tensor]) -> Iterable[bytes]:
@@ -45,24 +64,25 @@ def _to_host(digests: Sequence[torch.Tensor]) -> Iterable[bytes]:
     return [found[index] for index in range(len(digests))]
 
 
-def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Two int64 over the tensor's bytes: a polynomial in each of ``_LANES`` lanes, then two weighted sums of the lanes.
+def _digest(words: torch.Tensor) -> torch.Tensor:
+    """Two int64: a polynomial in each of at most ``_LANES`` lanes, then two weighted sums of the lanes.
 
     Words are added by halves of 32 bits under multiplication modulo 2**64: added whole, two flipped sign bits would
     cancel each other whatever the weights.
     """
-    words = _words(tensor)
-    lanes = torch.zeros(min(len(words), _LANES), dtype=torch.int64, device=words.device)
+    count = min(len(words), _LANES, max(_FEW_LANES, len(words) // _WORDS_PER_LANE))
+    lanes = torch.zeros(count, dtype=torch.int64, device=words.device)
     half = torch.empty_like(lanes)
-    for start in range(0, len(words), _LANES):
-        row = words[start : start + _LANES]
+    for start in range(0, len(words), count or 1):
+        row = words[start : start + count]
         into, part = lanes[: len(row)], half[: len(row)]
         torch.bitwise_and(row, _LOW_HALF, out=part)
         into.mul_(_MULTIPLIER).add_(part)
         torch.bitwise_right_shift(row, 32, out=part)
         into.mul_(_MULTIPLIER).add_(part)
-    lane = torch.arange(1, len(lanes) + 1, dtype=torch.int64, device=words.device)
-    return torch.stack([(_mixed(lanes) * (_mixed(lane * salt) | 1)).sum() for salt in (0x9E3779B1, 0x85EBCA77)])
+    lane = torch.arange(1, count + 1, dtype=torch.int64, device=words.device)
+    mixed = _mixed(lanes)
+    return torch.stack([(mixed * (_mixed(lane * salt) | 1)).sum() for salt in (0x9E3779B1, 0x85EBCA77)])
 
 
 def _mixed(words: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ import wrapt
 
 from megatron_flashrecovery.adapters.megatron_lm.arguments import add_arguments, check
 from megatron_flashrecovery.adapters.megatron_lm.checkpoint import use_newest
+from megatron_flashrecovery.adapters.megatron_lm.help_of_arguments import read_help, remember_help
 from megatron_flashrecovery.adapters.megatron_lm.wandb_rows import use_one_run
 from megatron_flashrecovery.core.errors import SeamChanged
 from megatron_flashrecovery.runtime.seat import taken_seat
@@ -56,13 +57,15 @@ _session: Session | None = None
 _loop: Loop | None = None
 
 
-def install() -> None:
-    """Once per process, before the script is loaded."""
+def install() -> Callable[[], None]:
+    """Once per process, before the script is loaded. Returns what may be done once for all workers when it has been."""
     global _installed
     _installed = True
+    wrapt.register_post_import_hook(remember_help, "megatron.training.argument_utils")
     wrapt.register_post_import_hook(_hook_arguments, "megatron.training.arguments")
     wrapt.register_post_import_hook(_hook_training, "megatron.training.training")
     wrapt.register_post_import_hook(_hook_timers, "megatron.core.timers")
+    return read_help
 
 
 def require_launcher() -> None:

@@ -72,8 +72,10 @@ class Installation:
                 self._signature[name] = inspect.signature(original)
             elif name != "shrink_group":  # older torch has none
                 raise SeamChanged(f"torch {torch.__version__} has no distributed_c10d.{name}")
-        # torch's own modules (device meshes, pipelining) have imported some of these names.
-        for module in [m for key, m in sys.modules.copy().items() if key.startswith("torch.distributed")]:
+        # torch's own modules (device meshes, pipelining) have imported some of these names. No other module is touched:
+        # each of thousands would cost a worker a copy of the page that it shares with the fork server.
+        for key in [key for key in tuple(sys.modules) if key.startswith("torch.distributed")]:
+            module = sys.modules.get(key)
             held = getattr(module, "__dict__", {})
             for name, original in self._original.items():
                 if held.get(name) is original:

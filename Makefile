@@ -17,7 +17,8 @@ demo: install
 	$(RUN) -m megatron_flashrecovery demo
 
 test: install
-	$(RUN) -m pytest -m "not gpu and not slow" --durations=20
+	$(RUN) -m pytest -m "not jobs and not gpu and not slow" --durations=20 --numprocesses=logical --maxprocesses=8
+	$(RUN) -m pytest -m "jobs and not gpu and not slow" --durations=20
 
 check: install
 	$(RUN) -m ruff format --check .

@@ -74,6 +74,8 @@ class ParkingLot:
         self._answering = False
         self._plan: ExecutePlan | None = None
         self._stand: Stand | None = None
+        self._here: Stand | None = None
+        """Where a thread stands also while the order to go is on its way to it."""
         self._stopped_since = 0.0
         self._told: list[Told] = []
         self._telling: Step | None = None
@@ -94,13 +96,15 @@ class ParkingLot:
         return self._stopped_since
 
     def stop(self) -> None:
-        """From now on every thread stands before its next operation. A plan that was not begun is void."""
+        """From now on every thread stands before its next operation. A plan that was not begun is void, and so is an
+        order that has not woken its thread yet: it stands where it stood."""
         with self._changed:
             self._pulse.hold()
             self._stopping, self._executing = True, False
             self._stopped_since = time.monotonic()
             self._go, self._answering, self._plan, self._matches = False, False, None, ()
             self._answers.clear()
+            self._stand = self._here
             self._changed.notify_all()
 
     def get_out_of_the_way(self, advance: bool, answer: Sequence[Told] | None, matches: tuple[Match, ...] = ()) -> None:
@@ -160,9 +164,8 @@ class ParkingLot:
             return Answer([self._foretold.popleft()[2]])
         if not self._stopping or self._executing:
             return _PROCEED
-        if self._answers:
-            return self._next_answer(spot)
-        return self._stay(Stand(Standing.PARKED, spot))
+        answer = self._next_answer(spot)
+        return self._stay(Stand(Standing.PARKED, spot)) if answer is None else answer
 
     def failed(self, spot: Spot, error: Exception) -> Verdict:
         if not self._stopping or self._executing:
@@ -173,9 +176,8 @@ class ParkingLot:
         self._pulse.leave()
         if not ordered:
             raise error
-        if self._answers:
-            return self._next_answer(spot)
-        return self._stay(Stand(Standing.CAUGHT, spot))
+        answer = self._next_answer(spot)
+        return self._stay(Stand(Standing.CAUGHT, spot)) if answer is None else answer
 
     def completed(self, spot: Spot, results: Sequence[bytes] | None) -> None:
         if self._telling is not None and results is not None:
@@ -243,9 +245,9 @@ class ParkingLot:
             self._pulse.enter("", what)
 
     def wait_for_plan(self) -> None:
-        """For a replacement: until there is the plan that it joins by."""
+        """For a replacement: until there is the plan that it joins by, or another loss has overtaken it already."""
         with self._changed:
-            self._changed.wait_for(lambda: self._plan is not None)
+            self._changed.wait_for(lambda: self._plan is not None or self._stopping)
 
     def take_plan(self) -> ExecutePlan:
         """The plan that ``Interrupted`` unwound for; from now on operations go ahead, for they carry it out. If another
@@ -275,8 +277,10 @@ class ParkingLot:
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
-    def _next_answer(self, spot: Spot) -> Verdict:
+    def _next_answer(self, spot: Spot) -> Verdict | None:
         with self._changed:
+            if not self._answers:
+                return None
             told = self._answers.popleft()
         if told.operation != spot.operation:
             raise AnswerMismatch(f"{spot.operation} on {spot.group} was told the result of {told.operation}")
@@ -293,18 +297,16 @@ class ParkingLot:
     def _stay_until_told(self, stand: Stand) -> Verdict:
         while True:
             with self._changed:
-                self._stand = stand
+                self._stand = self._here = stand
             self._on_stand()
             with self._changed:
                 self._changed.wait_for(lambda: self._go or self._plan is not None or self._matches)
-                self._stand = None
+                self._stand = self._here = None
                 if self._plan is not None:
                     raise Interrupted(self._plan.resume_step)
                 matches, self._matches = self._matches, ()
                 if not matches:
                     self._go = False
-                    break
+                    answer = None if stand.spot is None else self._next_answer(stand.spot)
+                    return _PROCEED if answer is None else answer
             self._on_match(matches)
-        if self._answers and stand.spot is not None:
-            return self._next_answer(stand.spot)
-        return _PROCEED

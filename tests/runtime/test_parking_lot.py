@@ -250,6 +250,40 @@ def test_a_plan_that_another_loss_has_overtaken_is_not_begun() -> None:
     assert taken.result(5) == PLAN
 
 
+@pytest.mark.parametrize(
+    ("answer", "matches"),
+    [(None, ()), ((told("allreduce", b"7"),), ()), (None, (Match(SPOT.group, b"", 3),))],
+    ids=["advance", "answer", "matches"],
+)
+def test_an_order_that_another_loss_overtakes_leaves_the_thread_where_it_stood(answer, matches) -> None:
+    lot = Lot()
+    lot.stop()
+    parked = in_background(lambda: lot.before(SPOT))
+    assert lot.stood.acquire(timeout=5)
+    with lot._changed:  # so that both come before the thread can have woken
+        lot.get_out_of_the_way(advance=not matches, answer=answer, matches=matches)
+        assert lot.stand is None
+        lot.stop()
+    assert lot.stand == Stand(Standing.PARKED, SPOT)
+    lot.execute(PLAN)
+    with pytest.raises(Interrupted):
+        parked.result(5)
+    assert lot.stand is None
+    assert not lot.matched
+
+
+def test_a_replacement_whose_plan_is_overtaken_before_it_has_woken_stands_and_takes_the_next_one() -> None:
+    lot = Lot()
+    joined = in_background(lambda: (lot.wait_for_plan(), lot.take_plan())[1])
+    with lot._changed:
+        lot.execute(PLAN)
+        lot.stop()
+    assert lot.stood.acquire(timeout=5)
+    assert lot.stand == Stand(Standing.PARKED, None)
+    lot.execute(PLAN)
+    assert joined.result(5) == PLAN
+
+
 def test_whoever_waits_is_stopped_too() -> None:
     lot = Lot()
     waiting = in_background(lambda: lot.wait_until(lambda: False, "nothing"))

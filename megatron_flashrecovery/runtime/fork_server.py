@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,11 @@ def call_hooks(hooks: Sequence[str]) -> Callable[[], None]:
 
     def prepare() -> None:
         for each in preparations:
-            each()
+            try:
+                if each is not None:
+                    each()
+            except Exception:
+                traceback.print_exc()  # it would only have saved time: every worker does the same, in its own seat
 
     return prepare
 

@@ -11,6 +11,7 @@ _LANES = 1 << 17
 _FEW_LANES = 1 << 14
 """So many a tensor has before a lane gets a second word; below that, the calls cost more than what they compute."""
 _WORDS_PER_LANE = 16
+_WORD_NBYTES = 8
 _LOW_HALF = 0xFFFFFFFF
 # Congruent to 5 modulo 8, so of the largest order modulo 2**64, and -1 is none of its powers: two flipped bits never
 # cancel each other.
@@ -32,25 +33,28 @@ def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]]) -> bytes:
     described = xxhash.xxh3_128()
     for name, tensor in tensors:
         described.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\n".encode())
-    for pair in _to_host([_digest(words) for words in _together(_words(tensor.detach()) for _, tensor in tensors)]):
+    # Mapped: of tensors whose words are a copy there is one at a time.
+    for pair in _to_host(list(map(_digest, _together(tensor.detach() for _, tensor in tensors)))):
         described.update(pair)
     return described.digest()
 
 
-def _together(words: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Small tensors that follow each other on one device as one: their shapes tell where each ends."""
+def _together(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Their words. Small tensors that follow each other on one device are one: their shapes tell where each ends."""
     small: list[torch.Tensor] = []
-    for each in words:
-        if small and (small[0].device != each.device or sum(map(len, small)) + len(each) > _FEW_LANES):
-            yield _one(small)
-            small = []
-        small.append(each)
+    count = 0
+    for tensor in tensors:
+        size = -(-tensor.numel() * tensor.element_size() // _WORD_NBYTES)
+        if small and (small[0].device != tensor.device or count + size > _FEW_LANES):
+            yield torch.cat(small)
+            small, count = [], 0
+        if size > _FEW_LANES:
+            yield _words(tensor)
+        else:
+            small.append(_words(tensor))
+            count += size
     if small:
-        yield _one(small)
-
-
-def _one(words: Sequence[torch.Tensor]) -> torch.Tensor:
-    return words[0] if len(words) == 1 else torch.cat(list(words))
+        yield torch.cat(small)
 
 
 def _to_host(digests: Sequence[torch.Tensor]) -> Iterable[bytes]:
@@ -99,9 +103,8 @@ def _logical_shift(words: torch.Tensor, by: int) -> torch.Tensor:
 def _words(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes as int64, the last word padded with zeros; a view where the memory allows one."""
     raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-    whole = len(raw) // 8 * 8
-    if whole == len(raw) and raw.data_ptr() % 8 == 0 and raw.storage_offset() % 8 == 0:
+    if not any(number % _WORD_NBYTES for number in (len(raw), raw.data_ptr(), raw.storage_offset())):
         return raw.view(torch.int64)
-    padded = torch.zeros(-(-len(raw) // 8) * 8, dtype=torch.uint8, device=raw.device)
+    padded = torch.zeros(-(-len(raw) // _WORD_NBYTES) * _WORD_NBYTES, dtype=torch.uint8, device=raw.device)
     padded[: len(raw)] = raw
     return padded.view(torch.int64)

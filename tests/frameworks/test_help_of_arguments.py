@@ -64,6 +64,17 @@ def test_who_changes_what_was_told_changes_nothing_for_the_next_one(upstream: An
     assert upstream.ArgumentGroupFactory(Config).field_docstrings == {"Config": "help"}
 
 
+def test_what_a_class_of_another_kind_makes_of_it_stays_its_own(upstream: Any) -> None:
+    remember_help(upstream)
+
+    class Loud(upstream.ArgumentGroupFactory):
+        def _get_field_docstrings(self, src_cfg_class: type) -> dict[str, str]:
+            return {name: said.upper() for name, said in super()._get_field_docstrings(src_cfg_class).items()}
+
+    assert Loud(Derived).field_docstrings == {"Derived": "HELP", "Config": "HELP"}
+    assert upstream.ArgumentGroupFactory(Derived).field_docstrings == {"Derived": "help", "Config": "help"}
+
+
 def test_a_release_that_reads_no_source_is_left_alone() -> None:
     remember_help(ModuleType("argument_utils"))
 
@@ -79,6 +90,22 @@ def test_the_fork_server_reads_it_when_the_script_has_imported_upstream(monkeypa
     assert not parsers
     prepare()
     assert [type(parser) for parser in parsers] == [argparse.ArgumentParser]
+
+
+def test_what_only_saves_time_ends_no_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = []
+
+    def raises() -> None:
+        raise ValueError("invalid literal for int(): ''")
+
+    module: Any = ModuleType("some_hooks")
+    module.raising, module.nothing, module.noting = lambda: raises, lambda: None, lambda: lambda: done.append(True)
+    monkeypatch.setitem(sys.modules, "some_hooks", module)
+    call_hooks(["some_hooks:raising", "some_hooks:nothing", "some_hooks:noting"])()
+    assert done
+    assert "invalid literal" in capsys.readouterr().err
 
 
 def test_a_script_without_upstream_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_flashrecovery.state import tensor_fingerprint
 from megatron_flashrecovery.state.fingerprint import CHUNK_NBYTES, NBYTES, fingerprint
 from megatron_flashrecovery.state.tensor_fingerprint import tensors_fingerprint
 
@@ -59,6 +62,37 @@ def test_a_rows_place_counts():
     tensor = torch.arange(3 << 17)
     swapped = torch.cat([tensor[1 << 18 :], tensor[1 << 17 : 1 << 18], tensor[: 1 << 17]])
     assert digest(swapped) != digest(tensor)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5000, 1 << 15, (1 << 15) + 1, 1 << 18], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bfloat16], ids=str)
+def test_a_flipped_bit_is_seen_wherever_it_is_among_large_and_small_tensors(dtype, size):
+    tensors = [torch.zeros(number, dtype=dtype) for number in (7, size, 0, size, 1, 9)]
+    seen = {digest(*tensors)}
+    for tensor in tensors:
+        for at in {0, len(tensor) // 2, len(tensor) - 1} if len(tensor) else ():
+            tensor.view(torch.uint8).reshape(len(tensor), -1)[at, 0] ^= 1
+            seen.add(digest(*tensors))
+            tensor.view(torch.uint8).reshape(len(tensor), -1)[at, 0] ^= 1
+    assert len(seen) == 1 + sum(len({0, len(tensor) // 2, len(tensor) - 1}) for tensor in tensors if len(tensor))
+
+
+def test_of_large_tensors_that_have_to_be_copied_there_is_one_copy_at_a_time(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    def words(tensor):
+        most.append(len(alive))
+        made = Words(tensor)
+        alive.add(made)
+        return made
+
+    class Words(torch.Tensor):
+        def __new__(cls, tensor):
+            return tensor.reshape(-1).view(torch.int64).clone().as_subclass(cls)
+
+    monkeypatch.setattr(tensor_fingerprint, "_words", words)
+    digest(*(torch.zeros(1 << 18, dtype=torch.int64) for _ in range(5)))
+    assert max(most) == 0
 
 
 def test_names_count():

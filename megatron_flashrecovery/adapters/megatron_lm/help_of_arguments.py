@@ -18,13 +18,14 @@ def remember_help(module: ModuleType) -> None:
     read = getattr(factory, "_get_field_docstrings", None)
     if read is None:
         return
-    known: dict[type, dict[str, str]] = {}
+    known: dict[tuple[type, type], dict[str, str]] = {}
 
     @functools.wraps(read)
     def remembered(self: object, src_cfg_class: type) -> dict[str, str]:
-        if src_cfg_class not in known:
-            known[src_cfg_class] = read(self, src_cfg_class)
-        return dict(known[src_cfg_class])
+        which = type(self), src_cfg_class
+        if which not in known:
+            known[which] = read(self, src_cfg_class)
+        return dict(known[which])
 
     factory._get_field_docstrings = remembered  # type: ignore[union-attr]
 

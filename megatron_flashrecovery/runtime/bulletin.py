@@ -10,8 +10,10 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from megatron_flashrecovery.core.errors import LinkLost
+from megatron_flashrecovery.core.ids import Epoch
 
 _MAC_NBYTES = 32
+_EPOCH_NBYTES = 8
 
 
 class Bulletin:
@@ -31,6 +33,21 @@ class Bulletin:
     def read(self, key: str) -> bytes:
         """Raises ``LinkLost``: what is there was not posted by a worker of this job."""
         return self._checked(key, self.store.get(key))
+
+    def post_newest(self, key: str, epoch: Epoch, value: bytes) -> None:
+        """As a worker that took its seat in that epoch; for ``read_newest``. What a worker of a newer one has posted
+        stays: this one may have been frozen, or its message long under way."""
+        stamped = int(epoch).to_bytes(_EPOCH_NBYTES, "big") + value
+        signed, seen = self._mac(key, stamped) + stamped, b""
+        while True:
+            there = self.store.compare_set(key, seen, signed)  # type: ignore[arg-type]  # as above
+            if there == signed or self._checked(key, there)[:_EPOCH_NBYTES] > stamped[:_EPOCH_NBYTES]:
+                return
+            seen = there
+
+    def read_newest(self, key: str) -> bytes:
+        """As ``read``."""
+        return self.read(key)[_EPOCH_NBYTES:]
 
     def has(self, key: str) -> bool:
         """Whether anything was posted there; never waits."""

@@ -31,10 +31,10 @@ class Estate:
         self.record: StartupRecord | None = None
         self.injections = seat.injections
         if seat.joining:
-            self.record = StartupRecord.from_bytes(seat.startup or bulletin.read(_startup_key(seat.rank)))
+            self.record = StartupRecord.from_bytes(seat.startup or bulletin.read_newest(_startup_key(seat.rank)))
         if seat.joining and seat.may_move:
             # The agent may have been told of one that was not posted any more.
-            posted = _REPORTED.decode(bulletin.read(_reported_key(seat.rank)))
+            posted = _REPORTED.decode(bulletin.read_newest(_reported_key(seat.rank)))
             names = posted.keys() | seat.reported.keys()
             self.reported = {name: max(posted.get(name, _NONE), seat.reported.get(name, _NONE)) for name in names}
         if seat.may_move:
@@ -44,18 +44,22 @@ class Estate:
     def begin(self, startup: bytes) -> None:
         """Before the first step of a start of the whole job: what an earlier one has left counts no more."""
         if self._seat.may_move:
-            self._bulletin.post(_startup_key(self._seat.rank), startup)
-            self._bulletin.post(_reported_key(self._seat.rank), msgspec.msgpack.encode({}))
+            self._bulletin.post_newest(_startup_key(self._seat.rank), self._seat.epoch, startup)
+            self._post_reported({})
 
     def note_reported(self, name: str, step: Step) -> None:
         if self._seat.may_move:
             self._all_reported[name] = step
-            self._bulletin.post(_reported_key(self._seat.rank), msgspec.msgpack.encode(self._all_reported))
+            self._post_reported(self._all_reported)
 
     def note_fired(self, order: InjectionOrder) -> None:
         """Any thread, right before it is inflicted."""
         if self._seat.may_move and not is_always(order.options):
             self._bulletin.post(_fired_key(self._seat.rank, order), b"")
+
+    def _post_reported(self, reported: Mapping[str, Step]) -> None:
+        encoded = msgspec.msgpack.encode(reported)
+        self._bulletin.post_newest(_reported_key(self._seat.rank), self._seat.epoch, encoded)
 
 
 def _startup_key(rank: Rank) -> str:

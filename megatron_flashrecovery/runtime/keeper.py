@@ -75,7 +75,7 @@ class Keeper:
             self._guests.add(guest, memory.slots)
         self._links = SocketLinks(seat.token.encode(), _address_towards(seat.store_host))
         self._server = self._links.serve(seat.rank, self._guests)
-        bulletin.post(_server_key(seat.rank), self._server.address.encode())
+        bulletin.post_newest(_server_key(seat.rank), seat.epoch, self._server.address.encode())
         self._epoch = seat.epoch
         self._link: Link | None = None
         self._acknowledged = _NOTHING
@@ -260,7 +260,7 @@ class Keeper:
     def _address_of(self, rank: Rank) -> str:
         """Of the worker that sits there now: it says so before it is ready, and overwrites what its predecessor
         said."""
-        return self._bulletin.read(_server_key(rank)).decode()
+        return self._bulletin.read_newest(_server_key(rank)).decode()
 
 
 def _nothing_to_do(_step: Step, _epoch: Epoch) -> None:

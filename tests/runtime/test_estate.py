@@ -29,6 +29,12 @@ class Board:
     def read(self, key: str) -> bytes:
         return self.posted[key]
 
+    def post_newest(self, key: str, epoch: Epoch, value: bytes) -> None:
+        self.post(key, value)
+
+    def read_newest(self, key: str) -> bytes:
+        return self.read(key)
+
     def has(self, key: str) -> bool:
         return key in self.posted
 

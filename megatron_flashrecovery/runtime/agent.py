@@ -308,7 +308,7 @@ class Agent:
         self._watch.keep_only(seated)
         self._devices.forget_all_but(seated)
         if (result := self._departures.result()) is not None:
-            self._control.send(node_messages.NodeDone(self._node, result))
+            self._control.send(node_messages.NodeDone(self._node, self._epoch, result))
 
     def _hear_last_words(self, worker: Worker, told: list[object]) -> None:
         """What it still said before it died counts, and comes before its death."""

@@ -20,7 +20,7 @@ from megatron_flashrecovery.core.coordinator import Job, handle
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Epoch, NodeId
 from megatron_flashrecovery.core.liveness import overdue
-from megatron_flashrecovery.core.phases import Finished
+from megatron_flashrecovery.core.phases import Finished, Starting
 from megatron_flashrecovery.core.punctuality import Punctuality
 from megatron_flashrecovery.runtime import node_messages
 from megatron_flashrecovery.runtime.chronicle import Chronicle
@@ -64,6 +64,7 @@ class Controller:
         self._first_seats = {f"node{node_rank}": config.first_seats(node_rank) for node_rank in nodes}
         self._done: dict[NodeId, str] = {}
         """Whose workers have all ended, and what was wrong all the same."""
+        self._restarted_in = Epoch(0)
         self._over = asyncio.Event()
         self._dismissal = node_messages.Dismiss("", 0)
         self._server = ControlServer(node_messages.control_codec(), config.token, __version__, self._attach)
@@ -152,7 +153,7 @@ class Controller:
                 self._last_heard[node] = now = time.monotonic()
                 self._punctuality.hear(node, now)
                 self._hear(message)
-            if not self._over.is_set() and node not in self._done:
+            if not self._over.is_set() and not self._may_go(node):
                 self._lose_node(node, "its agent closed the connection")
 
     @contextmanager
@@ -176,8 +177,9 @@ class Controller:
                     self._spool.answer(name, refusal)
             case node_messages.StartRefused(reason=reason):
                 self._end(node_messages.Dismiss(reason, 2))
-            case node_messages.NodeDone(node=node, failure=failure):
-                self._note_done(node, failure)
+            case node_messages.NodeDone(node=node, epoch=epoch, failure=failure):
+                if epoch >= self._restarted_in:  # else all workers have been started again since
+                    self._note_done(node, failure)
             case _:
                 self._chronicle.note(message)
 
@@ -207,10 +209,14 @@ class Controller:
                 | core.ExecutePlan(node=node)
                 | core.Fence(node=node)
             ):
+                if isinstance(command, core.StartWorkers):
+                    self._done.pop(node, None)
                 if node in self._outbox:
                     self._outbox[node].put_nowait(command)
             case core.Park() | core.Resume() | core.Release() | core.RestartAll():
-                if isinstance(command, core.RestartAll):
+                # It is ordered again when a node comes, which does not make the others start again.
+                if isinstance(command, core.RestartAll) and command.epoch > self._restarted_in:
+                    self._restarted_in = command.epoch
                     self._done.clear()
                 for queue in self._outbox.values():
                     queue.put_nowait(command)
@@ -266,9 +272,13 @@ class Controller:
             self._punctuality.excuse(gap)
         for late, gaps in self._punctuality.look(now).items():
             self._chronicle.note(node_messages.HeartbeatsLate(late, gaps.late, gaps.worst))
-        heard = {node: last for node, last in self._last_heard.items() if node != _LOCAL}
+        heard = {node: last for node, last in self._last_heard.items() if node != _LOCAL and not self._may_go(node)}
         for node in overdue(heard, now, self._config.deadlines.heartbeat_timeout):
             self._lose_node(node, f"nothing heard from its agent for {self._config.deadlines.heartbeat_timeout} s")
+
+    def _may_go(self, node: NodeId) -> bool:
+        """Its workers have ended, and nobody waits for them: the job is finished, or has not asked for recovery."""
+        return node in self._done and isinstance(self._job.phase, Starting | Finished)
 
     def _lose_node(self, node: NodeId, cause: str) -> None:
         self._last_heard.pop(node, None)

@@ -22,6 +22,7 @@ class Departures:
         self.released = False
         self.passed_on: signal.Signals | None = None
         self._done: set[Rank] = set()
+        self._is_told = False
         self._late_failures: list[str] = []
         self._leaving: dict[Rank, tuple[WorkerEnded, float]] = {}
 
@@ -39,21 +40,20 @@ class Departures:
             self._done.add(seat.rank)
             return False
         if end.status == 0:
-            # Frameworks leave in the middle (a time limit, a signal), all ranks at once: then nothing was lost.
+            # Frameworks leave in the middle (a time limit, a signal), all ranks at once: then nothing was lost. Those
+            # of other nodes, too: else this one is not dismissed in time.
             self._leaving[seat.rank] = (end, time.monotonic() + _LEAVE_TOGETHER)
             return False
         return True
 
     def stayed_alone(self) -> list[WorkerEnded]:
-        """Ranks that left although others stay: to these they are lost."""
-        if self._leaving.keys() == self.ranks:
-            self._done.update(self._leaving)
-            self._leaving.clear()
+        """Ranks that left although others stay, here or on other nodes: to these they are lost."""
         now = time.monotonic()
         alone = [end for end, due in self._leaving.values() if now >= due]
         for end in alone:
             assert end.worker.rank is not None
             del self._leaving[end.worker.rank]
+            self._is_told = False
         return alone
 
     def out_of_patience(self, patience: float) -> str:
@@ -63,10 +63,10 @@ class Departures:
         return f"rank {late} had not ended {patience:g} s after {self.passed_on.name}"
 
     def result(self) -> str | None:
-        """Told once, as soon as every rank is done: what was wrong all the same, or nothing."""
-        if not self.ranks or not self.ranks <= self._done:
+        """Told once, as soon as every rank is done or has left: what was wrong all the same, or nothing."""
+        if self._is_told or not self.ranks or not self.ranks <= self._done | self._leaving.keys():
             return None
-        self._done.clear()
+        self._is_told = True
         if self.passed_on is not None:
             return f"told to end by {self.passed_on.name}"
         return "; ".join(self._late_failures)
@@ -78,6 +78,7 @@ class Departures:
         """All workers are started again."""
         self._done.clear()
         self._leaving.clear()
+        self._is_told = False
 
     def _was_told_to(self, end: WorkerEnded) -> bool:
         number = self.passed_on

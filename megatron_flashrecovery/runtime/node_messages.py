@@ -208,9 +208,11 @@ class SignalPassedOn:
 
 @dataclass(frozen=True)
 class NodeDone:
-    """Every worker of this node has exited. ``failure`` says why that is not a good end."""
+    """Every worker of this node has exited; ``epoch`` is the newest that it had heard of. ``failure`` says why that is
+    not a good end."""
 
     node: NodeId
+    epoch: Epoch
     failure: str = ""
 
 

@@ -20,6 +20,11 @@ from megatron_flashrecovery.runtime.controller import Controller
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.spool import Request
 
+
+def done(node: NodeId, failure: str = "", epoch: int = 9) -> node_messages.NodeDone:
+    return node_messages.NodeDone(node, Epoch(epoch), failure)
+
+
 FIRST, SECOND, SPARE = NodeId("node0"), NodeId("node1"), NodeId("node2")
 
 
@@ -72,10 +77,25 @@ def test_a_node_that_is_lost_behind_the_last_step_is_not_waited_for(tmp_path: Pa
     controller._job.phase = Finished()
     controller._lose_node(SECOND, "its agent closed the connection")
     assert not controller._over.is_set()
-    controller._hear(node_messages.NodeDone(FIRST, ""))
+    controller._hear(done(FIRST))
     assert controller._over.is_set()
     (dismissal,) = [controller._outbox[FIRST].get_nowait()]
     assert "node1 was lost behind the last step" in dismissal.failure
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["finished", "a script without recovery"])
+def test_a_node_that_goes_when_its_workers_have_ended_well_spoils_no_end(
+    tmp_path: Path, clock: Clock, plain: bool
+) -> None:
+    controller = controller_of(tmp_path)
+    if not plain:
+        controller._job.phase = Finished()
+    controller._hear(done(SECOND))
+    for tenth in range(30):
+        clock.now = 100.0 + tenth / 10
+        controller._check_silence()
+    controller._hear(done(FIRST))
+    assert controller._dismissal == node_messages.Dismiss("", 0)
 
 
 # --- nodes that come -------------------------------------------------------------------------------------------------
@@ -150,20 +170,20 @@ def test_the_job_is_over_when_all_nodes_with_seats_are_done(tmp_path: Path) -> N
     controller = expecting(tmp_path, spares=1)
     attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
     controller._lose_node(SECOND, "nothing heard")
-    controller._hear(node_messages.NodeDone(FIRST, ""))
+    controller._hear(done(FIRST))
     assert not controller._over.is_set()
-    controller._hear(node_messages.NodeDone(SPARE, ""))
+    controller._hear(done(SPARE))
     assert controller._dismissal == node_messages.Dismiss("", 0)
 
 
 def test_what_was_wrong_on_a_node_that_was_replaced_is_no_failure_of_the_job(tmp_path: Path) -> None:
     controller = expecting(tmp_path, spares=1)
     attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
-    controller._hear(node_messages.NodeDone(SECOND, "told to end by SIGTERM"))
+    controller._hear(done(SECOND, "told to end by SIGTERM"))
     controller._lose_node(SECOND, "nothing heard")
     for node in (FIRST, SPARE):
         assert not controller._over.is_set()
-        controller._hear(node_messages.NodeDone(node, ""))
+        controller._hear(done(node))
     assert controller._dismissal == node_messages.Dismiss("", 0)
 
 
@@ -171,18 +191,51 @@ def test_the_job_is_not_over_while_seats_wait_for_a_node(tmp_path: Path) -> None
     controller = expecting(tmp_path, spares=1)
     attach(controller, IS_FIRST, IS_SECOND)
     controller._lose_node(SECOND, "nothing heard")
-    controller._hear(node_messages.NodeDone(FIRST, ""))
+    controller._hear(done(FIRST))
     assert not controller._over.is_set()
 
 
 def test_who_was_done_before_all_workers_started_again_is_not_done(tmp_path: Path) -> None:
     controller = expecting(tmp_path, spares=1)
     attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
-    controller._hear(node_messages.NodeDone(FIRST, ""))
+    controller._hear(done(FIRST))
     controller._lose_node(SECOND, "nothing heard")
     for node in (SPARE, FIRST):
         assert not controller._over.is_set()
-        controller._hear(node_messages.NodeDone(node, ""))
+        controller._hear(done(node))
+    assert controller._over.is_set()
+
+
+def test_that_all_start_again_is_said_twice_when_a_node_comes_and_who_is_done_since_stays_so(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND)
+    controller._lose_node(SECOND, "nothing heard")
+    controller._hear(done(FIRST))
+    attach(controller, IS_SPARE)
+    assert not controller._over.is_set()
+    controller._hear(done(SPARE))
+    assert controller._dismissal == node_messages.Dismiss("", 0)
+
+
+def test_who_was_done_before_it_heard_that_all_start_again_is_not_done(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=1)
+    attach(controller, IS_FIRST, IS_SECOND, IS_SPARE)
+    controller._lose_node(SECOND, "nothing heard")
+    for late in (done(FIRST, epoch=0), done(SPARE)):
+        controller._hear(late)
+    assert not controller._over.is_set()
+    controller._hear(done(FIRST))
+    assert controller._over.is_set()
+
+
+def test_a_node_that_gets_workers_again_is_not_done(tmp_path: Path) -> None:
+    controller = expecting(tmp_path, spares=0)
+    attach(controller, IS_FIRST, IS_SECOND)
+    controller._hear(done(SECOND))
+    controller._order(core.StartWorkers(SECOND, Epoch(1), (Rank(1),)))
+    controller._hear(done(FIRST))
+    assert not controller._over.is_set()
+    controller._hear(done(SECOND))
     assert controller._over.is_set()
 
 
@@ -206,7 +259,7 @@ def test_a_spare_node_that_goes_behind_the_last_step_spoils_no_end(tmp_path: Pat
     controller._job.phase = Finished()
     controller._lose_node(SPARE, "its agent closed the connection")
     for node in (FIRST, SECOND):
-        controller._hear(node_messages.NodeDone(node, ""))
+        controller._hear(done(node))
     assert controller._dismissal == node_messages.Dismiss("", 0)
 
 

@@ -95,3 +95,12 @@ def test_a_controller_that_was_stopped_for_a_while_loses_no_node(tmp_path: Path)
         assert nodes.first.process.returncode == 0, words
         assert nodes.first.count("NodeLost") == 0
         assert nodes.second.process.wait(20) == 0
+
+
+def test_the_only_rank_of_a_node_that_leaves_alone_is_lost_as_one_of_many_would_be(tmp_path: Path) -> None:
+    job = Job(ranks=1, arguments=("--leave-at", "4", "--only-rank", "1"))
+    with two_nodes(job, tmp_path) as nodes:
+        words = said(nodes.first, 60.0)
+    assert nodes.first.process.returncode == 1
+    assert "rank 1 was lost" in words
+    assert len(nodes.first.journal("WorkersLost")) > 1, "its replacement has left, too"

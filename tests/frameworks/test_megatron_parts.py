@@ -5,19 +5,23 @@ import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.experimental_attention_variant.dsa import DSAIndexerLossLoggingHelper
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from megatron_flashrecovery.adapters.megatron import aux_losses
+from megatron_flashrecovery.adapters.megatron import aux_losses, partial_step
 from megatron_flashrecovery.adapters.megatron.no_sync import NoSync
 from megatron_flashrecovery.adapters.megatron.optimizer_state import _fresh_adam_state
 from megatron_flashrecovery.adapters.megatron.random_state import RandomState
 from megatron_flashrecovery.adapters.megatron.replay import ReplayableBatches
 from megatron_flashrecovery.state.encoding import decode_values, encode_values
+
+FIRST_LAYER = {MTPLossLoggingHelper: 0, DSAIndexerLossLoggingHelper: 1}
 
 
 def take(batches: Iterator[int], count: int) -> list[int]:
@@ -146,13 +150,21 @@ def test_a_context_that_is_left_in_time_is_forgotten():
     assert left == ["left"]
 
 
-def test_losses_of_further_tokens_are_those_of_before_the_step_that_was_cut_short(monkeypatch):
-    monkeypatch.setattr(MTPLossLoggingHelper, "tracker", {})
-    MTPLossLoggingHelper.save_loss_to_tracker(torch.tensor(2.0), 0, 1)
+@pytest.mark.parametrize("helper", [MTPLossLoggingHelper, DSAIndexerLossLoggingHelper])
+def test_losses_beside_the_main_one_are_those_of_before_the_step_that_was_cut_short(monkeypatch, helper):
+    monkeypatch.setattr(helper, "tracker", {})
+    helper.save_loss_to_tracker(torch.tensor(2.0), FIRST_LAYER[helper], 1)
     captured = decode_values(encode_values({"losses": aux_losses.capture()}))["losses"]
-    MTPLossLoggingHelper.save_loss_to_tracker(torch.tensor(3.0), 0, 1)
+    helper.save_loss_to_tracker(torch.tensor(3.0), FIRST_LAYER[helper], 1)
     aux_losses.restore(captured)
-    assert MTPLossLoggingHelper.tracker["values"].tolist() == [2.0]
-    monkeypatch.setattr(MTPLossLoggingHelper, "tracker", {})
+    assert helper.tracker["values"].tolist() == [2.0]
+    monkeypatch.setattr(helper, "tracker", {})
     aux_losses.restore(captured)
-    assert MTPLossLoggingHelper.tracker["values"].tolist() == [2.0]
+    assert helper.tracker["values"].tolist() == [2.0]
+
+
+def test_gradients_that_a_cut_step_has_put_off_are_not_paired_with_the_activations_of_the_next_one():
+    chunk = SimpleNamespace(embedding_activation_buffer=[torch.ones(1)], grad_output_buffer=[torch.ones(1)])
+    partial_step._forget_deferred_gradients(chunk)
+    assert (chunk.embedding_activation_buffer, chunk.grad_output_buffer) == ([], [])
+    partial_step._forget_deferred_gradients(SimpleNamespace(grad_output_buffer=None))

@@ -1,8 +1,9 @@
 """The losses beside the main one that upstream adds up during forward, until they are logged behind the step.
 
 Upstream: of experts in ``megatron/core/transformer/moe/moe_utils.py``, from 0.18 on ``moe_logging.py``; of tokens ahead
-in ``megatron/core/transformer/multi_token_prediction.py``. Both name the groups that their sums are reduced over, and
-are made in the first forward pass: a rank without them would not take part there.
+in ``megatron/core/transformer/multi_token_prediction.py``; of the indexer of sparse attention, from 0.16 on, in
+``megatron/core/transformer/experimental_attention_variant/dsa.py``. All name the groups that their sums are reduced
+over, and are made in the first forward pass: a rank without them would not take part there.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import torch.distributed.distributed_c10d as c10d
 from megatron_flashrecovery.state.pieces import Value
 
 _MOE = "megatron.core.transformer.moe."
-_TOKENS = "megatron.core.transformer.multi_token_prediction"
+_HELPERS = {
+    "tokens": ("megatron.core.transformer.multi_token_prediction", "MTPLossLoggingHelper"),
+    "indexer": ("megatron.core.transformer.experimental_attention_variant.dsa", "DSAIndexerLossLoggingHelper"),
+}
+"""Module and class: each has one dictionary of sums, and of the groups that they are reduced over."""
 
-
-NOTHING: Value = {"experts": {}, "tokens": {}}
+NOTHING: Value = {"experts": {}, **{name: {} for name in _HELPERS}}
 """Before the first forward pass."""
 
 
@@ -30,7 +34,7 @@ def capture() -> Value:
     entries, _ = _tracker()
     return {
         "experts": {name: _all_told(_fields(entry)) for name, entry in entries.items()},
-        "tokens": _all_told(_tracker_of_tokens()),
+        **{name: _all_told(_tracker_of(name)) for name in _HELPERS},
     }
 
 
@@ -39,9 +43,10 @@ def restore(captured: Any) -> None:
     entries.clear()
     for name, told in captured["experts"].items():
         entries[name] = made(_all_heard(told))
-    of_tokens = _tracker_of_tokens()
-    of_tokens.clear()
-    of_tokens.update(_all_heard(captured["tokens"]))
+    for name in _HELPERS:
+        sums = _tracker_of(name)
+        sums.clear()
+        sums.update(_all_heard(captured[name]))
 
 
 def _tracker() -> tuple[MutableMapping[str, Any], Callable[[dict[str, Any]], Any]]:
@@ -54,9 +59,11 @@ def _tracker() -> tuple[MutableMapping[str, Any], Callable[[dict[str, Any]], Any
     return ({} if utils is None else utils.get_moe_layer_wise_logging_tracker()), dict
 
 
-def _tracker_of_tokens() -> MutableMapping[str, Any]:
-    tokens = sys.modules.get(_TOKENS)
-    return {} if tokens is None else tokens.MTPLossLoggingHelper.tracker
+def _tracker_of(name: str) -> MutableMapping[str, Any]:
+    module, helper = _HELPERS[name]
+    loaded = sys.modules.get(module)
+    tracker: MutableMapping[str, Any] = {} if loaded is None else getattr(loaded, helper).tracker
+    return tracker
 
 
 def _fields(entry: Any) -> dict[str, Any]:

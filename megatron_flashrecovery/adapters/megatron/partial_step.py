@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core import rerun_state_machine
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, unwrap_model
 
 from megatron_flashrecovery.adapters.megatron import aux_losses, fp8_state
 from megatron_flashrecovery.adapters.megatron.model_state import bucket_groups
@@ -58,6 +58,7 @@ class PartialStep:
             for parameter in chunk.parameters():
                 parameter.grad = None
             get_attr_wrapped_model(chunk, "set_input_tensor")([None])
+            _forget_deferred_gradients(chunk)
             # An evaluation that was cut short has left these.
             chunk.train()
             if chunk.use_forward_hook and not chunk.remove_forward_pre_hook_handles:
@@ -86,6 +87,15 @@ def _forget_communication(chunk: DistributedDataParallel) -> None:
         # Else the reset that comes next takes what an incomplete first step has counted for complete.
         if hasattr(group, "per_param_grad_ready_counts"):
             group.per_param_grad_ready_counts = {}
+
+
+def _forget_deferred_gradients(chunk: DistributedDataParallel) -> None:
+    """``--defer-embedding-wgrad-compute``: activations and gradients that are to be paired behind the last backward, by
+    their order. The next step clears the activations only (``megatron/core/pipeline_parallel/schedules.py``)."""
+    for name in ("embedding_activation_buffer", "grad_output_buffer"):
+        kept = getattr(unwrap_model(chunk), name, None)
+        if isinstance(kept, list):
+            kept.clear()
 
 
 def _rerun_machine() -> Any:

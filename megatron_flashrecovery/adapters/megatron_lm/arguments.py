@@ -86,6 +86,16 @@ REFUSALS: Sequence[Refusal] = (
         "the buffers of DeepEP and HybridEP are communicators that cannot be replaced",
         lambda args: getattr(args, "moe_token_dispatcher_type", None) == "flex",
     ),
+    _refuse("--overlap-moe-expert-parallel-comm", "what its schedule keeps of a step that is cut short is not known"),
+    _refuse("--delay-wgrad-compute", "weight gradients that a cut step has put off would be computed in the next one"),
+    _refuse(
+        "--fine-grained-activation-offloading", "what of a cut step is on the host would be taken for the next one's"
+    ),
+    Refusal(
+        "--save-dgrads-interval",
+        "its hooks are still there when a cut step is computed again",
+        lambda args: getattr(args, "save_dgrads_interval", None) is not None,
+    ),
     _refuse("--optimizer-cuda-graph", "a captured graph keeps the communicators that it was captured with"),
     Refusal(
         "--tensor-parallel-num-weight-shards",

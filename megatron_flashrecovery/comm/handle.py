@@ -9,6 +9,7 @@ compiled graph is not parked.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -61,6 +62,7 @@ class FlashGroup(dist.ProcessGroup):
         self.severed: str | None = None
         """Why, for whoever is making a communicator at this moment, or is about to."""
         self.severed_in: Epoch | None = None
+        self._severing = threading.Lock()
         self.replay: Replay | None = None
         self.recorder: Recorder | None = None
         self.destroyed = False
@@ -127,18 +129,20 @@ class FlashGroup(dist.ProcessGroup):
     def sever(self, reason: str, epoch: Epoch | None) -> Communicator | None:
         """From any thread. Returns the communicator that is to be severed, together with others."""
         self.ledger.mark_broken(reason)
-        self.severed_in = epoch
-        self.severed = reason
-        if self.tree is not None:
-            self.tree.sever(reason)
+        with self._severing:
+            self.severed_in = epoch
+            self.severed = reason
+            if self.tree is not None:
+                self.tree.sever(reason)
         return self.communicator
 
     def rearm(self, epoch: Epoch) -> None:
         """What was severed in this epoch or before may be made again; what a newer one severed may not."""
-        if self.severed_in is None or self.severed_in <= epoch:
-            self.severed = None
-            if self.tree is not None:
-                self.tree.rearm()
+        with self._severing:
+            if self.severed_in is None or self.severed_in <= epoch:
+                self.severed = None
+                if self.tree is not None:
+                    self.tree.rearm()
 
     def disconnect(self, gently: bool = False) -> None:
         """Close the communicator, on the main thread."""

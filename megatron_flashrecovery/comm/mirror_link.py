@@ -6,8 +6,9 @@ that is over) and ``SnapshotMismatch`` (the bytes: damaged, or not wanted).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Protocol, TypeAlias
 
@@ -38,6 +39,8 @@ Into: TypeAlias = "Callable[[Offer], Iterable[memoryview]]"
 ``SnapshotMismatch`` to refuse."""
 
 _SCRATCH_NBYTES = 1 << 20
+_BEGIN_TIMEOUT = 10.0
+"""Seconds for a connection and the first words, which are few: a machine that is gone does not answer."""
 
 
 class Link(Protocol):
@@ -59,6 +62,11 @@ class Server(Protocol):
     def open_epoch(self, epoch: Epoch) -> None:
         """Ends every connection of an older epoch, and lets no more of them in."""
 
+    def end_requests(self, epoch: Epoch) -> None:
+        """From any thread: whoever gives, or waits to be asked, in an older epoch raises ``LinkLost``. Guests go on.
+
+        ``open_epoch`` would be too late, for it is called by the thread that waits here."""
+
     def give(self, request: Request, offer: Offer, chunks: Iterable[memoryview], timeout: float) -> None:
         """Waits for whoever makes this request, and sends ``chunks`` on the calling thread. Returns once they have
         arrived undamaged."""
@@ -77,6 +85,9 @@ class Links(Protocol):
     def fetch(self, address: str, request: Request, into: Into, timeout: float) -> Offer:
         """Returns what was given, with its fingerprint, once all bytes are where ``into`` said."""
 
+    def end_fetches(self, epoch: Epoch) -> None:
+        """From any thread: each ``fetch`` of an older epoch raises ``LinkLost``, and none begins any more."""
+
 
 class SocketLinks:
     """``token`` is the job's: nobody else is listened to. ``host`` is the address of this node for the others. Without
@@ -86,12 +97,15 @@ class SocketLinks:
         self._token = token
         self._host = host
         self._nearby = nearby
+        self._lock = threading.Lock()
+        self._fetching: dict[Stream, Epoch] = {}
+        self._fetches_from = Epoch(0)
 
     def serve(self, rank: Rank, sink: Sink) -> MirrorServer:
         return MirrorServer(rank, self._token, sink, self._host, self._nearby)
 
     def connect(self, address: str, rank: Rank, epoch: Epoch, timeout: float, lent: Lent | None = None) -> MirrorLink:
-        deadline = Deadline(timeout)
+        deadline = Deadline(min(timeout, _BEGIN_TIMEOUT))
         where = Address.parse(address)
         near = connect_nearby(where, CODEC) if self._nearby and lent is not None else None
         if near is not None and lent is not None:
@@ -111,13 +125,31 @@ class SocketLinks:
         return MirrorLink(stream, rank, epoch, lent)
 
     def fetch(self, address: str, request: Request, into: Into, timeout: float) -> Offer:
-        deadline = Deadline(timeout)
+        soon = Deadline(min(timeout, _BEGIN_TIMEOUT))
         where = Address.parse(address)
-        stream = (connect_nearby(where, CODEC) if self._nearby else None) or connect(where, CODEC, deadline)
+        stream = (connect_nearby(where, CODEC) if self._nearby else None) or connect(where, CODEC, soon)
+        with self._fetched(stream, request.epoch):
+            introduce(stream, self._token, Hello(request.rank, request.epoch, request), soon)
+            return _take(stream, into, Deadline(timeout))
+
+    def end_fetches(self, epoch: Epoch) -> None:
+        with self._lock:
+            self._fetches_from = max(self._fetches_from, epoch)
+            over = [stream for stream, of in self._fetching.items() if of < self._fetches_from]
+        for stream in over:
+            stream.close()
+
+    @contextmanager
+    def _fetched(self, stream: Stream, epoch: Epoch) -> Iterator[None]:
         try:
-            introduce(stream, self._token, Hello(request.rank, request.epoch, request), deadline)
-            return _take(stream, into, deadline)
+            with self._lock:
+                if epoch < self._fetches_from:
+                    raise LinkLost(f"a request of epoch {epoch}, and it is {self._fetches_from}")
+                self._fetching[stream] = epoch
+            yield
         finally:
+            with self._lock:
+                self._fetching.pop(stream, None)
             stream.close()
 
 

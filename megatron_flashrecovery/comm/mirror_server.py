@@ -97,7 +97,7 @@ class MirrorServer:
         self._rank = rank
         self._token = token
         self._sink = sink
-        self._epoch = Epoch(0)
+        self._epoch = self._requests_from = Epoch(0)
         self._closed = False
         self._changed = threading.Condition()
         self._connections: set[_Connection] = set()
@@ -116,6 +116,19 @@ class MirrorServer:
         with self._changed:
             self._epoch = max(self._epoch, epoch)
             over = [c for c in self._connections if c.hello is not None and c.hello.epoch < self._epoch]
+            self._changed.notify_all()
+        for connection in over:
+            connection.stream.close()
+            connection.given.set()
+
+    def end_requests(self, epoch: Epoch) -> None:
+        with self._changed:
+            self._requests_from = max(self._requests_from, epoch)
+            over = [
+                each
+                for each in self._connections
+                if each.hello is not None and each.hello.request is not None and each.hello.epoch < self._requests_from
+            ]
             self._changed.notify_all()
         for connection in over:
             connection.stream.close()
@@ -194,6 +207,8 @@ class MirrorServer:
         with self._changed:
             before = self._mirror_of.get(hello.rank) if hello.request is None else None
             newest = max(self._epoch, before.hello.epoch if before is not None and before.hello is not None else 0)
+            if hello.request is not None:
+                newest = max(newest, self._requests_from)
             current = hello.epoch >= newest and not self._closed
             if current:
                 connection.hello = hello
@@ -287,7 +302,7 @@ class MirrorServer:
         """Whoever waits with this request, now or by the deadline."""
         with self._changed:
             while True:
-                if self._closed or request.epoch < self._epoch:
+                if self._closed or request.epoch < max(self._epoch, self._requests_from):
                     raise LinkLost(f"{request} is of an epoch that is over, or rank {self._rank} closes")
                 if (connection := self._waiting.pop(request, None)) is not None:
                     return connection

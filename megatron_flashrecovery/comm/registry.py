@@ -295,6 +295,8 @@ class GroupRegistry:
         group.epoch = self._epoch
         if group.identity.size > self._tree_above:
             group.tree = group.tree or Tree(group.identity.rank, group.identity.size, self._timeout)
+            if group.severed is not None:
+                group.tree.sever(group.severed)  # ordered when there was none yet
             group.tree.relink(self._store_of(group), int(self._epoch))
         elif group.identity.size > 1:
             communicator = group.adopt(self._make(group))

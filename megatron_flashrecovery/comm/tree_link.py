@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import time
+from contextlib import suppress
 from enum import IntEnum
 
 from megatron_flashrecovery.comm.communicator import Severed
@@ -44,8 +45,13 @@ class Wake:
 
     def clear(self) -> None:
         self.reason = None
-        if select.select([self.descriptor], [], [], 0)[0]:
+        with suppress(BlockingIOError):
             os.eventfd_read(self.descriptor)
+
+    def check(self) -> None:
+        """Raises ``Severed`` when rung."""
+        if self.reason is not None:
+            raise Severed(self.reason)
 
     def wait(self, which: socket.socket | None, deadline: float, event: int = select.POLLIN) -> None:
         """Until ``which`` is ready. Raises ``Severed`` when rung, ``LinkTimeout`` at the deadline."""
@@ -54,8 +60,7 @@ class Wake:
         if which is not None:
             poll.register(which, event)
         ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        if self.reason is not None:
-            raise Severed(self.reason)
+        self.check()
         if not ready:
             raise LinkTimeout("the other side of a tree link did not answer in time")
 

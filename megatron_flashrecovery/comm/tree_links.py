@@ -20,6 +20,8 @@ from megatron_flashrecovery.comm.tree_link import Kind, LinkBroken, LinkTimeout,
 
 _LOOK_AT_STORE_EVERY = 0.05
 _TOKEN_NBYTES = 16
+_CONNECT_TIMEOUT, _TOKEN_TIMEOUT = 5.0, 2.0
+"""Seconds in which nobody could be woken: a machine that is gone answers nothing, and a stranger may say nothing."""
 
 
 def parent_of(member: int) -> int:
@@ -136,7 +138,7 @@ class _Listener:
         while child not in self._accepted:
             wake.wait(self._socket, deadline)
             connection, _ = self._socket.accept()
-            connection.settimeout(max(0.1, deadline - time.monotonic()))
+            connection.settimeout(_TOKEN_TIMEOUT)
             try:
                 token = connection.recv(_TOKEN_NBYTES, socket.MSG_WAITALL)
             except OSError:
@@ -158,8 +160,16 @@ def _connect(store: Store, parent: int, member: int, wake: Wake, deadline: float
     while not store.check([key]):
         _pause(wake, deadline)
     port, token, host = bytes(store.get(key)).decode().split(" ", 2)
-    connection = socket.create_connection((host, int(port)), timeout=max(0.1, deadline - time.monotonic()))
-    connection.sendall(bytes.fromhex(token))
+    wake.check()
+    try:
+        connection = socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT)
+    except OSError as error:
+        raise LinkBroken(f"member {parent} of the tree is not there any more: {error}") from None
+    try:
+        connection.sendall(bytes.fromhex(token))
+    except OSError as error:
+        connection.close()
+        raise LinkBroken(f"member {parent} of the tree has gone: {error}") from None
     return connection
 
 

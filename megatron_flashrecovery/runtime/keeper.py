@@ -126,6 +126,12 @@ class Keeper:
         for guest in gives_mirror_to:
             threading.Thread(target=self._give_mirror, args=(guest, step, epoch), daemon=True).start()
 
+    def end_transfers(self, epoch: Epoch) -> None:
+        """From any thread, when a newer epoch begins: whoever gives or takes state by a plan of an older one raises
+        ``LinkLost``. By ``enter_epoch`` the main thread could not be freed, for it is in there itself."""
+        self._server.end_requests(epoch)
+        self._links.end_fetches(epoch)
+
     def restore(self, step: Step, tensors: Sequence[TensorPiece]) -> dict[str, Value]:
         """From the own snapshot. Raises ``SnapshotMismatch``."""
         return self._own.restore(step, tensors)

@@ -39,6 +39,7 @@ class Copies(Protocol):
 
     def own_steps(self) -> tuple[Step, ...]: ...
     def guest_steps(self) -> Mapping[Rank, tuple[Step, ...]]: ...
+    def end_transfers(self, epoch: Epoch) -> None: ...
 
 
 class Line:
@@ -63,6 +64,8 @@ class Line:
         self._saying = threading.Lock()
         self._last_said: Report | None = None
         self._first_step_due = seat.joining
+        self._rebuilding: tuple[GroupKey, ...] = ()
+        """By the newest plan."""
         self._errors_told: set[tuple[Epoch, GroupKey]] = set()
         self._granted: queue.SimpleQueue[tuple[dialogue.MemoryGranted, list[int]]] = queue.SimpleQueue()
         self.copies: Copies | None = None
@@ -130,10 +133,10 @@ class Line:
 
     def report(self) -> None:
         """Where the main thread stands and what this rank holds; nothing, if it still moves."""
-        stand = self._lot.stand or self._blocked()
-        if stand is None:
-            return
-        with self._saying:
+        with self._saying:  # with the number of the order that it stands by, and not of one that lets it go
+            stand = self._lot.stand or self._blocked()
+            if stand is None:
+                return
             report = self._report(stand)
             self._last_said = report
             self._channel.send(dialogue.Stood(self.epoch, self._member.number, report))
@@ -178,10 +181,18 @@ class Line:
             if isinstance(action, StandStill):
                 # Before anything is said in the new epoch: from here on the main thread cannot start an operation.
                 self._lot.stop()
+            elif isinstance(action, GetOutOfTheWay) and (action.advance or action.answer is not None or action.match):
+                self._lot.let_go()
         match action:
-            case StandStill(lost=lost):
+            case StandStill(lost=lost, is_executing=is_executing):
                 reason = f"epoch {message.epoch}: rank {', '.join(map(str, lost))} was lost"
-                self._registry.sever(self._registry.groups_with(lost), reason, message.epoch)
+                broken = self._registry.groups_with(lost)
+                if is_executing:
+                    # Who was to come to one of these stands still now. All are made again by the next plan.
+                    broken = [*broken, *(key for key in self._rebuilding if key not in broken)]
+                self._registry.sever(broken, reason, message.epoch)
+                if self.copies is not None:
+                    self.copies.end_transfers(message.epoch)
                 for key, error in self._registry.errors().items():
                     # Whoever waits on a device for what has failed hears of nothing, and cannot stop.
                     self._registry.sever([key], error, message.epoch)
@@ -196,8 +207,9 @@ class Line:
                 self._registry.settle()
                 self._lot.get_out_of_the_way(advance, answer, matches)
                 self.report()
-            case CarryOut():
+            case CarryOut(share=share):
                 assert isinstance(message, core.ExecutePlan)
+                self._rebuilding = share.rebuild
                 self._lot.execute(message)
             case GoOn():
                 self._errors_told.clear()  # what was told during the recovery may be forgotten with it

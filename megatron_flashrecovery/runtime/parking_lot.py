@@ -107,11 +107,16 @@ class ParkingLot:
             self._stand = self._here
             self._changed.notify_all()
 
+    def let_go(self) -> None:
+        """Such an order has come. Where it stands is over with the order, not only once that is carried out, or its
+        thread has woken up: it must not be told as the answer to it."""
+        with self._changed:
+            self._stand = None
+
     def get_out_of_the_way(self, advance: bool, answer: Sequence[Told] | None, matches: tuple[Match, ...] = ()) -> None:
         """Let go of who stands here: for one operation, to finish the update with these results, or only until these
         counterparts are over."""
         with self._changed:
-            # Where it stands is over with the order, not only once its thread has woken up.
             self._stopped_since = time.monotonic()
             if answer is not None:
                 self._answers.extend(answer)

@@ -32,6 +32,9 @@ class MemoryLinks:
         self._network = network
         self._token = token
         self._damage = damage
+        self._lock = threading.Lock()
+        self._fetching: dict[Request, MemoryServer] = {}
+        self._fetches_from = Epoch(0)
 
     def serve(self, rank: Rank, sink: Sink) -> MemoryServer:
         address = f"memory:{next(self._network.numbers)}"
@@ -46,7 +49,22 @@ class MemoryLinks:
 
     def fetch(self, address: str, request: Request, into: Into, timeout: float) -> Offer:
         server = self._server(address)
-        return server.take(request, into, timeout, self._damage)
+        with self._lock:
+            if request.epoch < self._fetches_from:
+                raise LinkLost(f"a request of epoch {request.epoch}, and it is {self._fetches_from}")
+            self._fetching[request] = server
+        try:
+            return server.take(request, into, timeout, self._damage)
+        finally:
+            with self._lock:
+                del self._fetching[request]
+
+    def end_fetches(self, epoch: Epoch) -> None:
+        with self._lock:
+            self._fetches_from = max(self._fetches_from, epoch)
+            over = [(request, server) for request, server in self._fetching.items() if request.epoch < epoch]
+        for request, server in over:
+            server.forget(request)
 
     def _server(self, address: str) -> MemoryServer:
         server = self._network.servers.get(address)
@@ -74,7 +92,7 @@ class MemoryServer:
         self.address = address
         self.closed = False
         self._sink = sink
-        self._epoch = Epoch(0)
+        self._epoch = self._requests_from = Epoch(0)
         self._changed = threading.Condition()
         self._receiving = threading.Lock()
         self._link_of: dict[Rank, MemoryLink] = {}
@@ -90,6 +108,20 @@ class MemoryServer:
                 if request.epoch < self._epoch:
                     self._refuse(request, meeting)
             self._changed.notify_all()
+
+    def end_requests(self, epoch: Epoch) -> None:
+        with self._changed:
+            self._requests_from = max(self._requests_from, epoch)
+            for request, meeting in list(self._waiting.items()):
+                if request.epoch < self._requests_from:
+                    self._refuse(request, meeting)
+            self._changed.notify_all()
+
+    def forget(self, request: Request) -> None:
+        """Whoever waits with it waits no more."""
+        with self._changed:
+            if (meeting := self._waiting.get(request)) is not None:
+                self._refuse(request, meeting)
 
     def admit(self, link: MemoryLink) -> None:
         with self._changed:
@@ -120,8 +152,9 @@ class MemoryServer:
     def take(self, request: Request, into: Into, timeout: float, damage: Callable[[bytearray], None] | None) -> Offer:
         meeting = _Meeting(into, damage)
         with self._changed:
-            if request.epoch < self._epoch:
-                raise LinkLost(f"rank {request.rank} comes in epoch {request.epoch}, but here it is {self._epoch}")
+            newest = max(self._epoch, self._requests_from)
+            if request.epoch < newest:
+                raise LinkLost(f"rank {request.rank} comes in epoch {request.epoch}, but here it is {newest}")
             self._waiting[request] = meeting
             self._changed.notify_all()
         if not meeting.done.wait(timeout):
@@ -157,7 +190,7 @@ class MemoryServer:
             self._changed.notify_all()
 
     def _over(self, request: Request) -> bool:
-        return self.closed or request.epoch < self._epoch
+        return self.closed or request.epoch < max(self._epoch, self._requests_from)
 
     def _refuse(self, request: Request, meeting: _Meeting) -> None:
         del self._waiting[request]

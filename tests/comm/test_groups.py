@@ -434,9 +434,10 @@ def test_a_replacement_starts_from_the_record_and_then_joins_the_others(run_rank
     assert again[-1] == [1.0] * 20000, "outputs above 64 KiB are left as they are"
 
 
-def cut_short(rank: int, size: int, store: Any, record: bytes) -> None:
+def cut_short(rank: int, size: int, store: Any, record: bytes, tree_above: int) -> None:
     """A replacement whose partner is lost while it connects joins by the next plan, and its start goes on."""
-    registry = registry_of(rank, size, store, epoch=Epoch(1), joining=StartupRecord.from_bytes(record))
+    joining = StartupRecord.from_bytes(record)
+    registry = registry_of(rank, size, store, epoch=Epoch(1), joining=joining, tree_above=tree_above)
     dist.init_process_group("gloo")
     (world,) = registry.groups
     registry.sever([world], "rank 0 is lost", Epoch(2))
@@ -452,9 +453,9 @@ def cut_short(rank: int, size: int, store: Any, record: bytes) -> None:
     assert tensor.tolist() == [2, 2, 2]
 
 
-def starts_and_goes_on(rank: int, size: int, store: Any) -> bytes | None:
+def starts_and_goes_on(rank: int, size: int, store: Any, tree_above: int) -> bytes | None:
     """Rank 1 is lost after the start."""
-    registry = registry_of(rank, size, store)
+    registry = registry_of(rank, size, store, tree_above=tree_above)
     dist.init_process_group("gloo")
     dist.all_reduce(torch.ones(1))
     record = registry.startup_record().to_bytes()
@@ -469,10 +470,11 @@ def starts_and_goes_on(rank: int, size: int, store: Any) -> bytes | None:
     return None
 
 
-def test_a_replacement_that_is_cut_short_while_it_connects_keeps_the_rest_of_its_start(run_ranks):
-    survivor = run_ranks.start(starts_and_goes_on, 0, 2)
-    (record,) = run_ranks.results([run_ranks.start(starts_and_goes_on, 1, 2)], deadline=30)
-    run_ranks.results([survivor, run_ranks.start(cut_short, 1, 2, record)], deadline=30)
+@pytest.mark.parametrize("tree_above", [64, 1], ids=["flat", "tree"])
+def test_a_replacement_that_is_cut_short_while_it_connects_keeps_the_rest_of_its_start(run_ranks, tree_above):
+    survivor = run_ranks.start(starts_and_goes_on, 0, 2, tree_above)
+    (record,) = run_ranks.results([run_ranks.start(starts_and_goes_on, 1, 2, tree_above)], deadline=30)
+    run_ranks.results([survivor, run_ranks.start(cut_short, 1, 2, record, tree_above)], deadline=30)
 
 
 def recording_of(function: Any) -> StartupRecord:

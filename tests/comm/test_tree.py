@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import signal
 import socket
 import threading
@@ -14,11 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_flashrecovery.comm import tree_links
 from megatron_flashrecovery.comm.communicator import Severed
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.comm.startup_record import StartupRecord
 from megatron_flashrecovery.comm.tree import ancestors, preorder
-from megatron_flashrecovery.comm.tree_link import Kind, LinkBroken, TreeLink, Wake
+from megatron_flashrecovery.comm.tree_link import Kind, LinkBroken, LinkTimeout, TreeLink, Wake
 from megatron_flashrecovery.comm.tree_links import TreeLinks, children_of, parent_of
 from megatron_flashrecovery.core.ids import Epoch, Rank
 from megatron_flashrecovery.testing.parking import FakeParking
@@ -240,6 +243,69 @@ def test_a_frame_that_was_cut_by_severing_is_sent_to_its_end_later(link_ends):
     sender.start()
     assert ours.try_marker(1, soon())
     sender.join()
+
+
+def test_a_wake_is_cleared_also_where_its_descriptor_is_larger_than_select_takes():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard <= 1500:
+        pytest.skip("no process may have so many descriptors here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1501), hard))
+    wake = Wake()
+    try:
+        low, wake.descriptor = wake.descriptor, fcntl.fcntl(wake.descriptor, fcntl.F_DUPFD_CLOEXEC, 1400)
+        os.close(low)
+        for _ in range(2):
+            wake.ring("a test")
+            wake.clear()
+            wake.check()
+            with pytest.raises(LinkTimeout):
+                wake.wait(None, time.monotonic())
+    finally:
+        wake.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def child_of_one_that_is_gone() -> tuple[TreeLinks, Any]:
+    """Its parent has published an address at which nobody listens any more."""
+    store = dist.HashStore()
+    store.set("tree/0-1", f"{free_port()} 00 127.0.0.1")
+    return TreeLinks(1, 2, timeout=30), store
+
+
+def test_a_parent_that_has_gone_is_a_broken_link():
+    links, store = child_of_one_that_is_gone()
+    with pytest.raises(LinkBroken, match="member 0"):
+        links.relink(store, 1)
+    links.close()
+
+
+def test_who_was_severed_does_not_connect_any_more():
+    links, store = child_of_one_that_is_gone()
+    links.wake.ring("epoch 2: rank 0 was lost")
+    with pytest.raises(Severed, match="rank 0 was lost"):
+        links.relink(store, 1)
+    links.close()
+
+
+def test_a_stranger_that_says_nothing_does_not_keep_a_child_out(monkeypatch):
+    monkeypatch.setattr(tree_links, "_TOKEN_TIMEOUT", 0.2)
+    store = dist.HashStore()
+    ends = [TreeLinks(member, 2, timeout=30) for member in range(2)]
+    parent = threading.Thread(target=ends[0].relink, args=(store, 1))
+    parent.start()
+    store.wait(["tree/0-1"])
+    port, _token, host = store.get("tree/0-1").decode().split(" ")
+    with socket.create_connection((host, int(port))):
+        ends[1].relink(store, 1)
+        parent.join(10)
+        assert not parent.is_alive()
+    for links in ends:
+        links.close()
 
 
 def linked(member: int, size: int, store: Any, links: TreeLinks, epoch: int, made: list[int]) -> None:

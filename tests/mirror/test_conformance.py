@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import xxhash
@@ -12,6 +13,7 @@ from megatron_flashrecovery.comm.mirror_hello import Request
 from megatron_flashrecovery.comm.mirror_link import SocketLinks, fetch_snapshot
 from megatron_flashrecovery.comm.mirror_memory import Lent
 from megatron_flashrecovery.core.errors import LinkLost, SnapshotMismatch
+from megatron_flashrecovery.core.ids import Epoch
 from megatron_flashrecovery.core.snapshot import Offer, SnapshotId
 from megatron_flashrecovery.state.memory import Memory
 from megatron_flashrecovery.state.vault import Holding, Vault
@@ -366,6 +368,48 @@ def test_a_waiting_taker_ends_with_its_epoch_or_server(links, server, aside, how
     server.open_epoch(1) if how == "epoch" else server.close()
     with pytest.raises(LinkLost):
         fetching.result(TIMEOUT)
+
+
+def test_a_waiting_giver_ends_with_the_requests_of_its_epoch_and_guests_go_on(server, link, sink, aside):
+    giving = aside.submit(server.give, REQUEST, *snapshot()[:1], [], TIMEOUT)
+    server.end_requests(1)
+    with pytest.raises(LinkLost, match="over"):
+        giving.result(TIMEOUT)
+    link.offer(*snapshot(), TIMEOUT)
+    with pytest.raises(LinkLost, match="over"):
+        server.give(REQUEST, *snapshot()[:1], [], TIMEOUT)
+
+
+@pytest.mark.parametrize("who", ["server", "taker"])
+def test_a_waiting_taker_ends_with_the_requests_of_its_epoch(links, server, aside, who):
+    begun = threading.Event()
+    monitor = links.fetch
+
+    def fetch(*args):
+        begun.set()
+        return monitor(*args)
+
+    links.fetch = fetch
+    fetching = aside.submit(fetch_snapshot, links, server.address, REQUEST, RecordingSink(), TIMEOUT)
+    assert begun.wait(TIMEOUT)
+    server.end_requests(1) if who == "server" else links.end_fetches(1)
+    with pytest.raises(LinkLost):
+        fetching.result(TIMEOUT)
+    with pytest.raises(LinkLost):
+        fetch_snapshot(links, server.address, REQUEST, RecordingSink(), TIMEOUT)
+
+
+def test_requests_of_the_newest_epoch_are_met_before_and_after_the_server_opens_it(links, server, aside):
+    newest = replace(REQUEST, epoch=Epoch(1))
+    server.end_requests(1)
+    links.end_fetches(1)
+    for opened in (False, True):
+        if opened:
+            server.open_epoch(1)
+        offer, content = snapshot()
+        fetching = aside.submit(fetch_snapshot, links, server.address, newest, RecordingSink(), TIMEOUT)
+        server.give(newest, offer, [content], TIMEOUT)
+        assert fetching.result(TIMEOUT) == offer
 
 
 def test_a_request_of_an_older_epoch_is_refused(links, server):

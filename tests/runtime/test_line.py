@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from megatron_flashrecovery.comm.channel import Channel, channel_pair
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import Park
-from megatron_flashrecovery.core.reports import Spot, Standing
+from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park
+from megatron_flashrecovery.core.reports import Match, Spot, Standing
+from megatron_flashrecovery.core.shares import Share, Source
 from megatron_flashrecovery.detect.pulse import Pulse
 from megatron_flashrecovery.runtime.dialogue import OperationFailed, Seat, Stood, dialogue_codec
 from megatron_flashrecovery.runtime.line import Line
@@ -57,14 +61,29 @@ def registry() -> BlockedRegistry:
 
 
 @pytest.fixture
-def agent(registry: BlockedRegistry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel]:
+def line_of() -> Iterator[Callable[[object], tuple[Line, Channel, ParkingLot]]]:
+    """Makes one in training, with the other end of its channel, and where its main thread stands."""
+    channels: list[Channel] = []
+
+    def make(registry: object) -> tuple[Line, Channel, ParkingLot]:
+        codec = dialogue_codec()
+        ours, theirs = channel_pair(codec)
+        channels.extend((ours, Channel(theirs, codec)))
+        seat = Seat(Rank(1), WorkerId("1"), NodeId("a"), Epoch(0), False, b"", 2, 2, "", 0, "", "", False, (), {})
+        lot = ParkingLot(5.0, lambda: None, lambda matches: None)
+        line = Line(seat, channels[-1], lot, registry, Progress(), Pulse(None))  # type: ignore[arg-type]
+        line._member.ready()
+        return line, ours, lot
+
+    yield make
+    for channel in channels:
+        channel.close()
+
+
+@pytest.fixture
+def agent(line_of: Any, registry: BlockedRegistry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel]:
     monkeypatch.setattr(os, "_exit", lambda code: None)  # a worker whose agent is gone ends; here only its thread does
-    codec = dialogue_codec()
-    ours, theirs = channel_pair(codec)
-    seat = Seat(Rank(1), WorkerId("1"), NodeId("a"), Epoch(0), False, b"", 2, 2, "", 0, "", "", False, (), {})
-    lot = ParkingLot(5.0, lambda: None, lambda matches: None)
-    line = Line(seat, Channel(theirs, codec), lot, registry, Progress(), Pulse(None))  # type: ignore[arg-type]
-    line._member.ready()
+    line, ours, _lot = line_of(registry)
     line.start()
     yield ours
     ours.close()
@@ -93,3 +112,85 @@ def test_an_error_that_nobody_who_waits_is_told_of_is_told_once_and_severed_with
     said, _ = agent.receive(5.0)
     assert isinstance(said, Stood)
     assert registry.severed == ["tp"]
+
+
+class FreeRegistry(BlockedRegistry):
+    """The main thread is in no operation."""
+
+    def standing(self) -> None:  # type: ignore[override]
+        return None
+
+
+class RecordedCopies:
+    """Which epoch's transfers were ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[Epoch] = []
+
+    def own_steps(self) -> tuple[Step, ...]:
+        return ()
+
+    def guest_steps(self) -> dict[Rank, tuple[Step, ...]]:
+        return {}
+
+    def end_transfers(self, epoch: Epoch) -> None:
+        self.ended.append(epoch)
+
+
+def test_a_loss_frees_whoever_carries_out_a_plan_from_all_that_the_plan_makes_it_wait_for(line_of: Any) -> None:
+    """A group without a lost member, too: who was to come to it may stand still by now."""
+    line, _agent, _lot = line_of(registry := FreeRegistry())
+    line.copies = copies = RecordedCopies()
+    line._obey(Park(Epoch(1), OrderNumber(1), (Rank(0),)))
+    shares = (Share(Rank(1), Source.LIVE, rebuild=(GroupKey("pp"),)),)
+    line._obey(ExecutePlan(NodeId("a"), Epoch(1), OrderNumber(2), Step(4), False, shares))
+    assert registry.severed == []
+    line._obey(Park(Epoch(2), OrderNumber(3), (Rank(0),)))
+    assert registry.severed == ["pp"]
+    assert copies.ended == [1, 2]
+
+
+class OneOrderFirst:
+    """A lock for which the first thread to ask has to wait until another one has obeyed an order under it."""
+
+    def __init__(self, obey: Callable[[], None]) -> None:
+        self._obey = obey
+        self._waits = True
+
+    def __enter__(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._obey()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("order", "told"),
+    [
+        pytest.param({"advance": (Rank(1),)}, [], id="advance"),
+        pytest.param({"match": {Rank(1): (Match(GroupKey("dp"), b"", 3),)}}, [], id="match"),
+        pytest.param({"sever": {}}, [2], id="only-to-say-it-again"),
+    ],
+)
+def test_where_a_rank_stands_is_not_told_as_the_answer_to_the_order_that_lets_it_go(
+    line_of: Any, order: dict[str, Any], told: list[int]
+) -> None:
+    line, agent, lot = line_of(FreeRegistry())
+    line._obey(Park(Epoch(1), OrderNumber(1), (Rank(0),)))
+    threading.Thread(target=lambda: lot.before(SPOT), daemon=True).start()
+    while lot.stand is None:
+        time.sleep(0.001)
+    drain = Drain(NodeId("a"), Epoch(1), OrderNumber(2), **order)
+    # What the thread does next is to report; and the order comes between its first look and that.
+    line._saying = OneOrderFirst(lambda: line._obey(drain))  # type: ignore[assignment]
+    lot.get_out_of_the_way = lambda *_: None  # type: ignore[method-assign]  # its thread has not woken up yet
+    line.report()
+    heard = []
+    with suppress(TimeoutError):
+        while True:
+            said, _ = agent.receive(0.0)
+            assert isinstance(said, Stood)
+            heard.append(int(said.number))
+    assert sorted(set(heard)) == told

@@ -83,26 +83,36 @@ def _collectives(census: Census, key: GroupKey) -> Iterator[_Lack]:
     # Who has completed an operation that others have not issued has its contents from elsewhere: it had sent them.
     void = frozenset(rank for rank, count in count_of.items() if count.issued > max(fewest, count.completed))
     recent = next(count.recent for count in count_of.values() if count.issued == most)
+    if most - fewest > len(recent):
+        yield _unknown(next(rank for rank, count in count_of.items() if count.issued == fewest), key)
+        return
     for rank, count in count_of.items():
         for number in range(count.issued + 1, most + 1):
-            yield _Lack(rank, Match(key, _back(recent, most - number), number), void)
+            yield _Lack(rank, Match(key, recent[-1 - (most - number)], number), void)
 
 
 def _transfers(census: Census, key: GroupKey) -> Iterator[_Lack]:
     for (sender, receiver), number in sorted(census.tally(key).undelivered.items()):
         if number > 0:
             forms = census.count(sender, key).pairs.get(receiver, _NO_PAIR).sends
+            if number > len(forms):
+                yield _unknown(receiver, key)
+                continue
             for back in reversed(range(number)):
-                yield _Lack(receiver, Match(key, _back(forms, back), peer=sender), frozenset())
+                yield _Lack(receiver, Match(key, forms[-1 - back], peer=sender), frozenset())
         else:
             forms = census.count(receiver, key).pairs.get(sender, _NO_PAIR).receives
+            if -number > len(forms):
+                yield _unknown(sender, key)
+                continue
             for back in reversed(range(-number)):
-                match = Match(key, _back(forms, back), peer=receiver, is_send=True)
+                match = Match(key, forms[-1 - back], peer=receiver, is_send=True)
                 yield _Lack(sender, match, frozenset({receiver}))
 
 
-def _back(forms: tuple[bytes, ...], back: int) -> bytes:
-    return forms[-1 - back] if back < len(forms) else b""
+def _unknown(rank: Rank, key: GroupKey) -> _Lack:
+    """Of more than is remembered; however much that is, it is one reason not to match the group."""
+    return _Lack(rank, Match(key, b""), frozenset())
 
 
 def _objections(census: Census, collectives: Sequence[_Lack], transfers: Sequence[_Lack]) -> Iterator[str]:

@@ -213,6 +213,8 @@ class Line:
                 self._lot.execute(message)
             case GoOn():
                 self._errors_told.clear()  # what was told during the recovery may be forgotten with it
+                # All have executed the plan by now: in groups that were kept, all begin to count anew at one place.
+                self._registry.reset_counts()
                 self._lot.resume()
             case Leave():
                 self._lot.release()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_flashrecovery.comm.parking import Interrupted
 from megatron_flashrecovery.comm.registry import GroupRegistry
-from megatron_flashrecovery.core.errors import FlashRecoveryError, SnapshotMismatch
+from megatron_flashrecovery.core.errors import FlashRecoveryError, LinkLost, SnapshotMismatch
 from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.messages import ExecutePlan
 from megatron_flashrecovery.core.policy import Fault
@@ -141,7 +141,6 @@ class Recovery:
     def _rebuild(self, plan: ExecutePlan, share: Share) -> None:
         if self._live:
             self._registry.rebuild(share.rebuild, plan.epoch)
-            self._registry.reset_counts(None)
         else:
             # First: one that is cut short is made up for by a rebuild, for the rest of the start is kept only once.
             self._live = True
@@ -192,7 +191,11 @@ class Recovery:
     def _give_state(self, share: Share, step: Step) -> None:
         if share.gives_state_to:
             values = with_record(self._progress.values[step], self._progress.records[step])
-            self._keeper.give_state(share.gives_state_to, step, self._framework.tensor_pieces(), values)
+            try:
+                self._keeper.give_state(share.gives_state_to, step, self._framework.tensor_pieces(), values)
+            except (LinkLost, SnapshotMismatch) as error:
+                # Whoever takes it says so, and gets it from another process; this one may be the last that has it.
+                print(f"flashrecovery: the state of step {step} could not be given: {error}", flush=True)
 
     def _keep(self, step: Step, record: StepRecord, values: dict[str, Value]) -> None:
         """The resume step has its second copy again, also where the host or this rank's own memory is new."""

@@ -2,6 +2,7 @@ import pytest
 
 from megatron_flashrecovery.core.drain import Disentangle, Past, Settled, decide_drain
 from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.core.matching import _collectives, _transfers
 from megatron_flashrecovery.core.reports import GroupCount, Match, PairCount, Spot, Standing, Update
 from tests.core.jobs import census_of, draining_job, key, play, report, stood
 
@@ -58,6 +59,21 @@ def test_a_partner_past_the_gate_may_issue_a_counterpart():
 def test_an_operation_without_a_form_is_severed_with_the_reason():
     decision = decide(waiting(count=said(4, 3, forms=(b"3", b""))), behind())
     assert "unmatched: nobody can say what rank 1 would have to issue" in decision.sever[key("tp0")]
+
+
+@pytest.mark.parametrize("by", ["collectives", "transfers"])
+def test_more_than_is_remembered_is_one_reason_not_to_match_and_not_a_list_of_millions(by):
+    """As if one member had begun to count anew and another had not, after a day."""
+    if by == "collectives":
+        reports = waiting(count=said(5_000_000, 4_999_999)), behind(issued=0)
+        assert len(list(_collectives(census_of(*reports), key("tp0")))) == 1
+    else:
+        reports = (
+            report(0, counts=transfer(sent=5_000_000, opened=1, sends=(b"s",) * 8), **WAITS),
+            report(1, spot=Spot(key("dp1"), "all_reduce", 2), counts=transfer(peer=0)),
+        )
+        assert len(list(_transfers(census_of(*reports), key("tp0")))) == 1
+    assert "unmatched: nobody can say what rank 1 would have to issue" in decide(*reports).sever[key("tp0")]
 
 
 def test_who_stands_exactly_before_it_is_advanced_not_matched():

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_flashrecovery.comm.channel import Channel, channel_pair
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park
+from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Resume
 from megatron_flashrecovery.core.reports import Match, Spot, Standing
 from megatron_flashrecovery.core.shares import Share, Source
 from megatron_flashrecovery.detect.pulse import Pulse
@@ -32,6 +32,10 @@ class BlockedRegistry:
         self._since = time.monotonic()
         self.wrong: dict[GroupKey, str] = {}
         self.severed: list[GroupKey] = []
+        self.resets = 0
+
+    def reset_counts(self) -> None:
+        self.resets += 1
 
     def errors(self) -> dict[GroupKey, str]:
         return {key: error for key, error in self.wrong.items() if key not in self.severed}
@@ -148,6 +152,19 @@ def test_a_loss_frees_whoever_carries_out_a_plan_from_all_that_the_plan_makes_it
     line._obey(Park(Epoch(2), OrderNumber(3), (Rank(0),)))
     assert registry.severed == ["pp"]
     assert copies.ended == [1, 2]
+
+
+def test_groups_that_are_kept_begin_to_count_anew_when_all_have_executed_the_plan(line_of: Any) -> None:
+    """A second loss must not meet members that count from different places."""
+    line, _agent, lot = line_of(registry := FreeRegistry())
+    line._obey(Park(Epoch(1), OrderNumber(1), (Rank(0),)))
+    line._obey(ExecutePlan(NodeId("a"), Epoch(1), OrderNumber(2), Step(4), False, (Share(Rank(1), Source.LIVE),)))
+    lot.take_plan()
+    assert line.say_executed(Epoch(1), {})
+    assert registry.resets == 0
+    line._obey(Resume(Epoch(1), OrderNumber(3), Step(4)))
+    assert registry.resets == 1
+    assert not lot.stopping
 
 
 class OneOrderFirst:

@@ -185,7 +185,7 @@ def test_a_spare_node_may_come_when_it_is_needed(tmp_path: Path, equal) -> None:
 
 
 def test_a_node_that_is_lost_before_the_first_step_costs_a_restart(tmp_path: Path, equal) -> None:
-    arguments = (*STEPS, "--join-delay", "0")
+    arguments = (*STEPS, "--start-delay", "3")
     with several_nodes(Job(ranks=2, arguments=arguments), tmp_path, spares=1) as several:
         job = Cluster([several.start(node) for node in range(3)], several)
         job.wait_for_spares(1)

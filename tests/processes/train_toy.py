@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--fail-once", type=Path, help="rank 1 exits before its first step, unless this file exists")
     parser.add_argument("--fail-always", action="store_true")
     parser.add_argument("--join-delay", type=float, default=0.0, help="seconds by which a replacement is late")
+    parser.add_argument("--start-delay", type=float, default=0.0, help="and by which everybody else is")
     parser.add_argument("--fail-at-end", action="store_true", help="rank 1 fails when everything is done")
     parser.add_argument("--leave-at", type=int, default=-1, help="exit with 0 before this step")
     parser.add_argument("--only-rank", type=int, help="and only this rank")
@@ -74,8 +75,7 @@ def main() -> None:
     everybody = dist.new_group() if args.mismatch_at >= 0 else None
     if session.rank == 1 and (args.fail_always or _is_first(args.fail_once)):
         sys.exit(1)
-    if session.is_joining:
-        time.sleep(args.join_delay)
+    time.sleep(args.join_delay if session.is_joining else args.start_delay)
     session.attach(toy, Choices(NanChoice(args.nan), args.checksum_steps))
     if session.rank == args.raise_in_plan:
         toy.discard_partial_step = lambda: fail_once(args.raise_code, args.once)  # type: ignore[method-assign]

@@ -189,13 +189,15 @@ class Recovery:
         }
 
     def _give_state(self, share: Share, step: Step) -> None:
-        if share.gives_state_to:
-            values = with_record(self._progress.values[step], self._progress.records[step])
+        if not share.gives_state_to:
+            return
+        values = with_record(self._progress.values[step], self._progress.records[step])
+        for rank in share.gives_state_to:
             try:
-                self._keeper.give_state(share.gives_state_to, step, self._framework.tensor_pieces(), values)
+                self._keeper.give_state((rank,), step, self._framework.tensor_pieces(), values)
             except (LinkLost, SnapshotMismatch) as error:
                 # Whoever takes it says so, and gets it from another process; this one may be the last that has it.
-                print(f"flashrecovery: the state of step {step} could not be given: {error}", flush=True)
+                print(f"flashrecovery: {error}; the state of step {step} was not given to rank {rank}", flush=True)
 
     def _keep(self, step: Step, record: StepRecord, values: dict[str, Value]) -> None:
         """The resume step has its second copy again, also where the host or this rank's own memory is new."""

@@ -174,6 +174,11 @@ class Chronicle:
             self._waiting = (job.epoch, now + _NEXT_REMINDER)
             self._say(f"epoch {job.epoch}: waiting for {whom}")
 
+    def tell_of_late_nodes(self, late: Sequence[str], patience: float) -> None:
+        """The job is over, and these have never come."""
+        whom = ", ".join(late[:8])
+        self._say(f"the job is over; {whom} has not come yet, and is waited for, {patience:.0f} s at most, to hear it")
+
     def note(self, message: object) -> None:
         """What only the record needs to know."""
         if self._closed:

@@ -66,6 +66,7 @@ class Controller:
         """Whose workers have all ended, and what was wrong all the same."""
         self._restarted_in = Epoch(0)
         self._over = asyncio.Event()
+        self._waits_for_nobody = asyncio.Event()
         self._dismissal = node_messages.Dismiss("", 0)
         self._server = ControlServer(node_messages.control_codec(), config.token, __version__, self._attach)
 
@@ -73,15 +74,34 @@ class Controller:
         return await self._server.start(address, port)
 
     async def run(self) -> None:
-        """Until every node has been dismissed."""
-        self._chronicle.begin(self._job, time.monotonic())
+        """Until every node has been dismissed, also one that comes when the job is over."""
+        began = time.monotonic()
+        self._chronicle.begin(self._job, began)
         with self._failures_end_the_job():
             await self._tick()
+        await self._dismiss_who_comes_late(began + self._config.deadlines.join_timeout)
         await self._server.stop()
 
     def stop(self, reason: str) -> None:
         """From this loop: the launcher ends, whatever the job is at."""
         self._end(node_messages.Dismiss(reason, 1))
+
+    def leave(self) -> None:
+        """From this loop, when the job is over: nobody who is late is waited for."""
+        self._waits_for_nobody.set()
+
+    async def _dismiss_who_comes_late(self, until: float) -> None:
+        """A spare node that is still at its imports when a short job ends would look for the controller until its
+        --join-timeout, and hold its machine and the batch job with it."""
+        if not (late := self._absent()) or (patience := until - time.monotonic()) <= 0:
+            return
+        self._chronicle.tell_of_late_nodes(late, patience)
+        while self._absent() and time.monotonic() < until and not self._waits_for_nobody.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._waits_for_nobody.wait(), _TICK)
+
+    def _absent(self) -> list[str]:
+        return sorted(self._first_seats.keys() - self._known)
 
     async def _tick(self) -> None:
         self._looked = time.monotonic()
@@ -99,6 +119,7 @@ class Controller:
         joined = await anext(messages)
         assert isinstance(joined, node_messages.NodeAttached), joined
         if self._over.is_set():
+            self._known.add(joined.node)
             yield self._dismissal
             return
         if (refusal := self._why_not(joined)) is not None:

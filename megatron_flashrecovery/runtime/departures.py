@@ -56,12 +56,6 @@ class Departures:
             self._is_told = False
         return alone
 
-    def out_of_patience(self, patience: float) -> str:
-        """Why the node does not wait any longer for workers that were told to end."""
-        assert self.passed_on is not None
-        late = ", ".join(map(str, self.still_here()[:8])) or "of another node"
-        return f"rank {late} had not ended {patience:g} s after {self.passed_on.name}"
-
     def result(self) -> str | None:
         """Told once, as soon as every rank is done or has left: what was wrong all the same, or nothing."""
         if self._is_told or not self.ranks or not self.ranks <= self._done | self._leaving.keys():

@@ -61,7 +61,7 @@ def run(config: LaunchConfig) -> int:
     )
     told = _Told()
     try:
-        with told.listening(), _controller(config) as (address, stop_controller):
+        with told.listening(), _controller(config, told) as (address, stop_controller):
             return _serve(config, workers, address, stop_controller, told)
     except Interruption as interruption:
         print(f"flashrecovery: {interruption}: ending {len(workers.living)} workers", file=sys.stderr, flush=True)
@@ -107,6 +107,7 @@ def _serve(
         ending = str(stopped)
         raise
     finally:
+        told.pass_on = None  # from here on a signal ends this launcher
         heart.stop()
         agent.close()
         stop_controller(ending)  # before the connection ends, which would look like the loss of this node
@@ -118,13 +119,14 @@ def _serve(
     if dismissal.failure:
         what = "this node leaves the job" if dismissal.at_once else "the job stops"
         print(f"flashrecovery: {what}: {dismissal.failure}", file=sys.stderr, flush=True)
+    workers.close(_GRACE if told.first is None else 0.0)  # nodes that come late are waited for without them
     return dismissal.exit_code if told.first is None else 128 + told.first
 
 
 @contextmanager
-def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[str], None]]]:
+def _controller(config: LaunchConfig, told: _Told) -> Iterator[tuple[str, Callable[[str], None]]]:
     """The address of the controller, and how to stop it, with the reason for the record; on node 0 it runs in a thread
-    of this process for as long as this lasts."""
+    of this process for as long as this lasts, and until every node has come, if the launcher was not told to end."""
     if config.node_rank != 0:
         yield f"{config.master_addr}:{config.master_port}", lambda _reason: None
         return
@@ -155,17 +157,24 @@ def _controller(config: LaunchConfig) -> Iterator[tuple[str, Callable[[str], Non
         thread.start()
 
         def stop(reason: str) -> None:
+            stopped = threading.Event()
             if thread.is_alive():
                 loop.call_soon_threadsafe(controller.stop, reason)
-                thread.join(timeout=_GRACE)
+                loop.call_soon_threadsafe(stopped.set)
+                stopped.wait(_GRACE)
 
         try:
             yield f"{config.master_addr}:{port}", stop
+            if told.first is None:
+                thread.join()
         except (Interruption, ConfigError) as stopped:
             ending = str(stopped)
             raise
         finally:
             stop(ending)
+            if thread.is_alive():
+                loop.call_soon_threadsafe(controller.leave)
+                thread.join(timeout=_GRACE)
     finally:
         chronicle.close(ending)
         if diagnostician is not None:

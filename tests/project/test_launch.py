@@ -18,10 +18,18 @@ echo 127.0.0.1
 echo 127.0.0.2
 """
 # Every node is this one: each task gets its number, as from the real one, and the worst exit code is that of the step.
+# LATE_TASK, if there is one, begins when the job has been over for some time.
 SRUN = """#!/bin/bash
 while [[ $1 == -* ]]; do echo "$1" >> "$SRUN_FLAGS"; shift; done
+begin() {
+  if [[ $SLURM_PROCID == "${LATE_TASK:-}" ]]; then
+    until [[ -s $RUN_DIR/summary.json ]]; do sleep 0.1; done
+    sleep 6
+  fi
+  exec "$@"
+}
 for task in $(seq 0 $((SLURM_NNODES - 1))); do
-  SLURM_PROCID=$task "$@" & pids+=($!)
+  SLURM_PROCID=$task begin "$@" & pids+=($!)
 done
 code=0
 for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
@@ -83,6 +91,13 @@ def test_a_batch_job_ends_well_with_spare_nodes_also_if_one_was_needed(slurm, tm
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (4, 6)
     assert [move["target"] for move in summary["moves"]] == (["node2"] if inject else [])
+
+
+def test_a_spare_node_that_comes_when_a_short_job_is_over_is_not_left_waiting(slurm, tmp_path):
+    done = sbatch({**slurm, "SLURM_NNODES": "3", "SPARE_NODES": "1", "LATE_TASK": "2"}, str(TOY), "--steps", "6")
+    assert done.returncode == 0, done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["outcome"] == "finished"
+    assert "the job is over; node2 has not come yet" in done.stdout
 
 
 def test_a_batch_job_that_never_ran_fails_whatever_an_earlier_one_has_left_there(slurm, tmp_path):

@@ -2,7 +2,7 @@
 
 | in | on | to | orders |
 |---|---|---|---|
-| Starting | last rank ready, all seats described | Training | |
+| Starting | last rank ready, all seats described | Training | BeginTraining |
 | Starting | loss | Starting | RestartAll, or Stop after too many |
 | Training | loss | Draining, epoch + 1 | Park, StartWorkers |
 | Training | a few ranks hang | Draining, epoch + 1 | Fence, Park, StartWorkers |
@@ -49,6 +49,7 @@ from megatron_flashrecovery.core.ids import Rank, Step
 from megatron_flashrecovery.core.job import Job, JobConfig
 from megatron_flashrecovery.core.losses import give_up_rank, lose_node, lose_workers
 from megatron_flashrecovery.core.messages import (
+    BeginTraining,
     CheckpointWritten,
     ClockTicked,
     Command,
@@ -174,9 +175,9 @@ def _seat_ready(job: Job, event: RanksReady, ranks: Iterable[Rank], now: float) 
 
 def _begin_training(job: Job) -> list[Command]:
     match job.phase:
-        case Starting(ready=ready, finished=finished) if len(ready) == len(job.seats) == len(job.seats.described):
-            job.phase = Training(finished)
-            return _release_if_finished(job)
+        case Starting(ready=ready) if len(ready) == len(job.seats) == len(job.seats.described):
+            job.phase = Training()
+            return [BeginTraining(job.epoch)]
         case _:
             return []
 
@@ -220,20 +221,14 @@ def _record_executed(job: Job, event: PlanExecuted, ranks: Iterable[Rank], now: 
 
 def _record_finished(job: Job, event: RanksFinished, ranks: Iterable[Rank]) -> list[Command]:
     match job.phase:
-        case Starting(finished=finished) | Training(finished=finished):
+        case Training(finished=finished):
             finished.update(ranks)
-            return _release_if_finished(job)
         case _:
             raise ImpossibleTransition(job.tell(event, "nobody was told to train in this epoch"))
-
-
-def _release_if_finished(job: Job) -> list[Command]:
-    match job.phase:
-        case Training(finished=finished) if len(finished) == len(job.seats):
-            job.phase = Finished()
-            return [Release(job.epoch, job.next_number())]
-        case _:
-            return []
+    if len(finished) < len(job.seats):
+        return []
+    job.phase = Finished()
+    return [Release(job.epoch, job.next_number())]
 
 
 # --- from one phase of a recovery to the next ------------------------------------------------------------------------

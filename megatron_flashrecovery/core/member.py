@@ -6,11 +6,13 @@ Joining ──ready──► Waiting ─┐
    │             Stopped ───┘                                                               ▲  │
    │                ▲                                                                       │  └─finished─► Done
    │                └─Park, from anywhere but Joining, Waiting and Left                     │                │
-   └─ready, when all workers start from the top─────────────────────────────────────────────┘      Left ◄─Release
+   └─ready, when all start from the top─► Ready ─BeginTraining──────────────────────────────┘      Left ◄─Release
 ```
 A rank parks only for an epoch newer than its own. It obeys every other order only for exactly its epoch, and only if
 the number is higher than that of the last order it obeyed; so repeating an order changes nothing, and neither does one
 that comes late.
+
+``BeginTraining`` has no number, for there is one in an epoch at most, and it is the first order of it.
 
 An order *ahead of its predecessor* is refused, not kept. The coordinator gives a rank no further order before it has
 seen what the one before did (``coordinator``), so the predecessor of an order that arrives has always been obeyed: what
@@ -29,7 +31,7 @@ from typing import NoReturn, TypeAlias
 
 from megatron_flashrecovery.core.errors import ImpossibleTransition
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, OrderNumber, Rank, Step
-from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Resume
+from megatron_flashrecovery.core.messages import BeginTraining, Drain, ExecutePlan, Park, Release, Resume
 from megatron_flashrecovery.core.reports import Match, Told
 from megatron_flashrecovery.core.shares import Share
 
@@ -39,6 +41,8 @@ class Mode(Enum):
     """Running the script from the top; not before its first protected step."""
     WAITING = "waiting"
     """A replacement that is ready, and waits for the plan."""
+    READY = "ready"
+    """Started from the top together with all others, and waits for them."""
     TRAINING = "training"
     STOPPED = "stopped"
     """Told to park; on its way to the next operation, or there."""
@@ -47,6 +51,11 @@ class Mode(Enum):
     DONE = "done"
     """Completed its last step; waits for the others."""
     LEFT = "left"
+
+
+@dataclass(frozen=True)
+class SetOut:
+    """Everybody is there: train."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,8 @@ class Leave:
     """Everybody has finished: exit."""
 
 
-Action: TypeAlias = StandStill | SayReady | GetOutOfTheWay | CarryOut | GoOn | Leave
-Order: TypeAlias = Park | Drain | ExecutePlan | Resume | Release
+Action: TypeAlias = SetOut | StandStill | SayReady | GetOutOfTheWay | CarryOut | GoOn | Leave
+Order: TypeAlias = BeginTraining | Park | Drain | ExecutePlan | Resume | Release
 
 _STARTING = frozenset({Mode.JOINING, Mode.WAITING})
 
@@ -119,6 +128,11 @@ class Member:
         match order:
             case Park():
                 return self._park(order)
+            case BeginTraining():
+                if order.epoch != self.epoch or self.mode is not Mode.READY:
+                    return None
+                self.mode = Mode.TRAINING
+                return SetOut()
             case Drain() | ExecutePlan() | Resume() | Release():
                 if order.epoch != self.epoch or order.number <= self.number:
                     return None
@@ -131,7 +145,7 @@ class Member:
 
     def ready(self) -> None:
         """The worker has built its model and stands before its first protected step."""
-        self._step(Mode.JOINING, Mode.TRAINING if self.is_first else Mode.WAITING)
+        self._step(Mode.JOINING, Mode.READY if self.is_first else Mode.WAITING)
 
     def executed(self) -> None:
         """The share is executed: groups rebuilt, state restored, the new mirror acknowledged."""

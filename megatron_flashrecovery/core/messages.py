@@ -248,6 +248,14 @@ Event: TypeAlias = (
 
 
 @dataclass(frozen=True)
+class BeginTraining:
+    """Everybody, started from the top as ``epoch``, is at their first step, and the state that training starts from has
+    its second copy: train. To every node. A loss before this starts everybody again, any later one is recovered."""
+
+    epoch: Epoch
+
+
+@dataclass(frozen=True)
 class StartWorkers:
     """Start workers for these ranks of this node, as replacements that join in ``epoch`` (or in the newest epoch that
     the agent has heard of since). Whatever older worker still sits there is ended first; the seats are this node's."""
@@ -346,4 +354,6 @@ class Stop:
     reason: str
 
 
-Command: TypeAlias = StartWorkers | RestartAll | Park | Drain | ExecutePlan | Resume | Fence | Release | Stop
+Command: TypeAlias = (
+    BeginTraining | StartWorkers | RestartAll | Park | Drain | ExecutePlan | Resume | Fence | Release | Stop
+)

@@ -30,7 +30,6 @@ class Starting:
     order: RestartAll | None = None
     deadline: float | None = None
     ready: set[Rank] = field(default_factory=set)
-    finished: set[Rank] = field(default_factory=set)
 
 
 @dataclass

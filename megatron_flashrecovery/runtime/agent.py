@@ -121,6 +121,8 @@ class Agent:
                 self._start(max(epoch, self._epoch), ranks, joining=epoch > self._seats.begun_in)
             case core.RestartAll():
                 self._restart(order)
+            case core.BeginTraining():
+                self._to_all(order)
             case core.Park(epoch=epoch, number=number):
                 self._epoch, self._number = epoch, number
                 self._to_all(order)

@@ -234,7 +234,7 @@ class Controller:
                     self._done.pop(node, None)
                 if node in self._outbox:
                     self._outbox[node].put_nowait(command)
-            case core.Park() | core.Resume() | core.Release() | core.RestartAll():
+            case core.BeginTraining() | core.Park() | core.Resume() | core.Release() | core.RestartAll():
                 # It is ordered again when a node comes, which does not make the others start again.
                 if isinstance(command, core.RestartAll) and command.epoch > self._restarted_in:
                     self._restarted_in = command.epoch

@@ -1,7 +1,6 @@
 """What a worker and the agent of its node say to each other, besides the orders and reports of the core.
 
-The agent passes ``Park``, ``Drain``, ``ExecutePlan``, ``Resume`` and ``Release`` on as they are, narrowed to the one
-rank.
+The agent passes orders on as they are, narrowed to the one rank.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TypeAlias
 from megatron_flashrecovery.comm.codec import Codec
 from megatron_flashrecovery.core.findings import Finding
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, NodeId, OrderNumber, Rank, Step, WorkerId
-from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Resume
+from megatron_flashrecovery.core.messages import BeginTraining, Drain, ExecutePlan, Park, Release, Resume
 from megatron_flashrecovery.core.policy import Fault, NanChoice
 from megatron_flashrecovery.core.reports import Report
 
@@ -246,7 +245,9 @@ FromWorker: TypeAlias = (
     | GuestDiffers
     | InjectionFired
 )
-ToWorker: TypeAlias = Seat | MemoryGranted | InjectionOrder | Park | Drain | ExecutePlan | Resume | Release
+ToWorker: TypeAlias = (
+    Seat | MemoryGranted | InjectionOrder | BeginTraining | Park | Drain | ExecutePlan | Resume | Release
+)
 
 
 def dialogue_codec() -> Codec:
@@ -254,6 +255,7 @@ def dialogue_codec() -> Codec:
         (
             *(MemoryNeeded, Described, Ready, Stood, Executed, Failed, StepDone, Resumed),
             *(CheckpointDone, Reported, Finished, Raised, OperationFailed, UpdateRefused, Examined, GuestDiffers),
-            *(InjectionFired, Seat, MemoryGranted, InjectionOrder, Park, Drain, ExecutePlan, Resume, Release),
+            *(InjectionFired, Seat, MemoryGranted, InjectionOrder),
+            *(BeginTraining, Park, Drain, ExecutePlan, Resume, Release),
         )
     )

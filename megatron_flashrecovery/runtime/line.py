@@ -16,7 +16,18 @@ from megatron_flashrecovery.comm.channel import Channel, ChannelClosed
 from megatron_flashrecovery.comm.registry import GroupRegistry
 from megatron_flashrecovery.core import messages as core
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
-from megatron_flashrecovery.core.member import CarryOut, GetOutOfTheWay, GoOn, Leave, Member, Mode, SayReady, StandStill
+from megatron_flashrecovery.core.member import (
+    CarryOut,
+    GetOutOfTheWay,
+    GoOn,
+    Leave,
+    Member,
+    Mode,
+    Order,
+    SayReady,
+    SetOut,
+    StandStill,
+)
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.reports import Report, Spot, Standing
 from megatron_flashrecovery.detect.pulse import Pulse
@@ -172,7 +183,7 @@ class Line:
             os._exit(_BROKEN_EXIT)
 
     def _obey(self, message: object) -> None:
-        assert isinstance(message, core.Park | core.Drain | core.ExecutePlan | core.Resume | core.Release), message
+        assert isinstance(message, Order), message
         with self._saying:
             action = self._member.receive(message)
             if isinstance(action, StandStill | GetOutOfTheWay):
@@ -184,6 +195,8 @@ class Line:
             elif isinstance(action, GetOutOfTheWay) and (action.advance or action.answer is not None or action.match):
                 self._lot.let_go()
         match action:
+            case SetOut():
+                self._lot.begin()
             case StandStill(lost=lost, is_executing=is_executing):
                 reason = f"epoch {message.epoch}: rank {', '.join(map(str, lost))} was lost"
                 broken = self._registry.groups_with(lost)

@@ -67,6 +67,7 @@ class ParkingLot:
         self._changed = threading.Condition()
         self._stopping = False
         self._executing = False
+        self._begun = False
         self._released = False
         self._go = False
         self._matches: tuple[Match, ...] = ()
@@ -130,6 +131,11 @@ class ParkingLot:
     def execute(self, plan: ExecutePlan) -> None:
         with self._changed:
             self._plan = plan
+            self._changed.notify_all()
+
+    def begin(self) -> None:
+        with self._changed:
+            self._begun = True
             self._changed.notify_all()
 
     def resume(self) -> None:
@@ -248,6 +254,9 @@ class ParkingLot:
                     return
             self.check()
             self._pulse.enter("", what)
+
+    def wait_until_begun(self, timeout: float) -> None:
+        self.wait_until(lambda: self._begun, "the other ranks to come to their first step", timeout)
 
     def wait_for_plan(self) -> None:
         """For a replacement: until there is the plan that it joins by, or another loss has overtaken it already."""

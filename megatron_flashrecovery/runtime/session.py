@@ -317,6 +317,7 @@ class Session:
         self._lot.wait_until(acknowledged, self._mirror_of(step), self._seat.join_timeout)
         self._estate.begin(startup)
         self._line.say_ready(startup)
+        self._do(partial(self._lot.wait_until_begun, self._seat.join_timeout), "the beginning", step)
 
     def _mirror_of(self, step: Step) -> str:
         return f"rank {self._keeper.host} to acknowledge the mirror of step {step}"

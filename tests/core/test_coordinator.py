@@ -4,6 +4,7 @@ from megatron_flashrecovery.core.coordinator import Job, JobConfig, handle
 from megatron_flashrecovery.core.errors import ConfigError, ImpossibleTransition
 from megatron_flashrecovery.core.ids import NodeId, WorkerId
 from megatron_flashrecovery.core.messages import (
+    BeginTraining,
     ClockTicked,
     Drain,
     ExecutePlan,
@@ -53,8 +54,9 @@ def test_training_begins_when_all_are_ready_and_described_in_any_order():
     job = Job.start(CONFIG, SEATS, sharded=True)
     play(job, ready(B, 2, 3), described(A), ready(A, 0, 1))
     assert isinstance(job.phase, Starting)
-    play(job, described(B))
+    assert play(job, described(B)) == [BeginTraining(0)]
     assert isinstance(job.phase, Training)
+    assert play(job, ready(A, 0)) == []
 
 
 def test_a_loss_before_everybody_was_ready_restarts_all():

@@ -10,9 +10,10 @@ from megatron_flashrecovery.core.member import (
     Member,
     Mode,
     SayReady,
+    SetOut,
     StandStill,
 )
-from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Release, Resume
+from megatron_flashrecovery.core.messages import BeginTraining, Drain, ExecutePlan, Park, Release, Resume
 from megatron_flashrecovery.core.shares import Share, Source
 
 NODE = NodeId("a")
@@ -34,6 +35,7 @@ def execute(epoch, number):
 def training(epoch=0):
     member = Member(1, epoch, is_first=True)
     member.ready()
+    assert play(member, BeginTraining(epoch)) == [SetOut()]
     return member
 
 
@@ -120,6 +122,20 @@ def test_a_finished_rank_leaves_when_released_and_hears_nothing_more():
     member = training()
     member.finished()
     assert play(member, Release(0, 1), park(1, 2)) == [Leave(), None]
+
+
+def test_nobody_sets_out_twice_or_before_it_is_ready_or_in_another_epoch():
+    member = Member(1, 2, is_first=True)
+    assert play(member, BeginTraining(2)) == [None]
+    member.ready()
+    assert play(member, BeginTraining(1), BeginTraining(2), BeginTraining(2)) == [None, SetOut(), None]
+
+
+def test_a_loss_that_is_heard_of_before_the_word_to_begin_makes_that_void():
+    member = Member(1, 0, is_first=True)
+    member.ready()
+    assert play(member, park(1, 1), BeginTraining(0)) == [StandStill((3,), False), None]
+    assert play(member, execute(1, 2)) == [CarryOut(5, True, SHARE)]
 
 
 def test_what_cannot_happen_names_the_rank_and_the_mode():

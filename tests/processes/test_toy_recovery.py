@@ -77,6 +77,13 @@ def test_losses_that_come_together_or_at_the_edges_change_no_bit(
     assert_equal(job, run(job, tmp_path / "run"))
 
 
+def test_nobody_begins_the_first_step_before_its_loss_could_be_recovered(tmp_path: Path, assert_equal: Equal) -> None:
+    """Although one rank comes late to it, for which the others would not wait."""
+    late = ("--late", "2", "--only-rank", "2")
+    job = Job(arguments=late, injections=(kill(1, 1, "forward"),))
+    assert_equal(job, run(job, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("flags", [("--no-preload",), ("--spares-per-node", "1")], ids=["cold", "spare"])
 def test_a_replacement_may_start_cold_or_from_a_spare(
     tmp_path: Path, assert_equal: Equal, flags: tuple[str, ...]

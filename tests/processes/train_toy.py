@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--fail-always", action="store_true")
     parser.add_argument("--join-delay", type=float, default=0.0, help="seconds by which a replacement is late")
     parser.add_argument("--start-delay", type=float, default=0.0, help="and by which everybody else is")
+    parser.add_argument("--late", type=float, default=0.0, help="seconds between its setup and its first step")
     parser.add_argument("--fail-at-end", action="store_true", help="rank 1 fails when everything is done")
     parser.add_argument("--leave-at", type=int, default=-1, help="exit with 0 before this step")
     parser.add_argument("--only-rank", type=int, help="and only this rank")
@@ -82,6 +83,8 @@ def main() -> None:
     if args.child:
         subprocess.Popen(["sleep", "60"])
     was_joining = session.is_joining
+    if args.only_rank in (None, session.rank) and not was_joining:
+        time.sleep(args.late)
     first = session.first_step(Step(0))
     early = (
         was_joining and (args.report or args.on_sigterm == "leave") and first > 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_flashrecovery.core.ids import Epoch, NodeId, OrderNumber, Rank, Step, WorkerId
 from megatron_flashrecovery.core.member import Member
 from megatron_flashrecovery.core.messages import (
+    BeginTraining,
     Command,
     Drain,
     ExecutePlan,
@@ -146,7 +147,7 @@ class Agent:
             case Stop():
                 for rank in self.workers:
                     self._end(rank)
-            case Park() | Drain() | ExecutePlan() | Resume() | Release():
+            case BeginTraining() | Park() | Drain() | ExecutePlan() | Resume() | Release():
                 self.epoch = max(self.epoch, command.epoch)
                 for worker in self.workers.values():
                     self.world.send_order(worker, command)

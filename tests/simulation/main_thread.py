@@ -320,14 +320,9 @@ class MainThread:
             self.joins_in -= 1
             self.push_turn()
             return
-        if not self.member.is_first:
+        if not self.member.is_first or self.acked >= self.step or "gate" in self.world.off:
             self.member.ready()
             self.say_ready()
-        elif self.acked >= self.step or "gate" in self.world.off:
-            self.member.ready()
-            self.say_ready()
-            self.program = self.train()
-            self.wake()
 
     def start_from(self, step: int, state: tuple[int, int, int], timeline: int) -> None:
         """Every worker is started from the top: with a checkpoint, or without one."""

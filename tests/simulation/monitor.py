@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_flashrecovery.core.coordinator import Job
 from megatron_flashrecovery.core.ids import Epoch, OrderNumber, Rank, Step
 from megatron_flashrecovery.core.member import Order
-from megatron_flashrecovery.core.messages import Park
+from megatron_flashrecovery.core.messages import BeginTraining, Park
 from megatron_flashrecovery.core.phases import Draining, Executing, Staffing
 from megatron_flashrecovery.core.reports import Report, Update
 from tests.simulation.program import undisturbed
@@ -75,6 +75,10 @@ class Monitor:
     def on_obeyed(self, worker: Worker, order: Order) -> None:
         """Invariant 4."""
         before = self.obeyed.get(worker.name, (worker.started_for, OrderNumber(-1)))
+        if isinstance(order, BeginTraining):
+            if worker.name in self.obeyed or order.epoch != worker.started_for:
+                self.blame(f"invariant 4: rank {worker.rank} began epoch {order.epoch} after {before}")
+            return
         if isinstance(order, Park):
             if order.epoch <= before[0] and before[1] >= 0:
                 self.blame(f"invariant 4: rank {worker.rank} parked for epoch {order.epoch} in epoch {before[0]}")

@@ -13,6 +13,7 @@ from megatron_flashrecovery.core.member import (
     Mode,
     Order,
     SayReady,
+    SetOut,
     StandStill,
 )
 from megatron_flashrecovery.core.messages import PlanExecuted, RanksReady
@@ -36,6 +37,9 @@ class Worker(MainThread):
             return
         self.world.monitor.on_obeyed(self, order)
         match action:
+            case SetOut():
+                self.program = self.train()
+                self.wake()
             case StandStill(lost, is_executing):
                 self._stand_still(lost, is_executing)
             case SayReady():

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from megatron_flashrecovery.comm.communicator import Progress
 from megatron_flashrecovery.comm.handle import FlashGroup
 from megatron_flashrecovery.comm.pending import PendingWork
 from megatron_flashrecovery.core.pace import OnDevice
+from megatron_flashrecovery.core.reports import Spot
+
+
+@dataclass(frozen=True)
+class _Oldest:
+    pending: PendingWork
+    is_reached: bool
+    issued: int
+    incomplete: int
 
 
 def backlog(groups: Iterable[FlashGroup]) -> OnDevice | None:
     """From any thread; waits for nothing. ``None`` if everything is complete, or the host waits for it itself."""
+    oldest = _oldest(groups)
+    if oldest is None:
+        return None
+    spot, completed = oldest.pending.spot, max(0, oldest.issued - oldest.incomplete)
+    return OnDevice(f"{spot.operation} of {spot.group}", spot.number, oldest.is_reached, oldest.issued, completed)
+
+
+def held_up_in(groups: Iterable[FlashGroup]) -> tuple[Spot, float] | None:
+    """The operation in which the device waits for the others, and when it was issued on the monotonic clock; ``None``
+    if it is at something of its own. From any thread; waits for nothing."""
+    oldest = _oldest(groups)
+    return (oldest.pending.spot, oldest.pending.issued_at) if oldest is not None and oldest.is_reached else None
+
+
+def _oldest(groups: Iterable[FlashGroup]) -> _Oldest | None:
     issued = incomplete = 0
-    oldest: tuple[float, PendingWork, Progress] | None = None
+    oldest: tuple[PendingWork, Progress] | None = None
     for group in groups:
         issued += group.ledger.issued
         for pending in group.ledger.under_way():
@@ -22,10 +47,9 @@ def backlog(groups: Iterable[FlashGroup]) -> OnDevice | None:
             if progress is Progress.OVER:
                 continue
             incomplete += 1
-            if oldest is None or pending.issued_at < oldest[0]:
-                oldest = pending.issued_at, pending, progress
+            if oldest is None or pending.issued_at < oldest[0].issued_at:
+                oldest = pending, progress
     if oldest is None:
         return None
-    _, pending, progress = oldest
-    operation = f"{pending.spot.operation} of {pending.spot.group}"
-    return OnDevice(operation, pending.spot.number, progress is Progress.INSIDE, issued, max(0, issued - incomplete))
+    pending, progress = oldest
+    return _Oldest(pending, progress is Progress.INSIDE, issued, incomplete)

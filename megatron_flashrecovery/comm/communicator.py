@@ -6,7 +6,7 @@ to a process group, never to the backend itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
@@ -91,8 +91,8 @@ class Transport(Protocol):
     def sever(self) -> None:
         """Make everybody inside fail at once, remote members included. From any thread; does not block."""
 
-    def settle(self) -> None:
-        """Block until what ``sever`` began is done."""
+    def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Block until what ``sever`` began is done. ``on_wait`` is called several times a second meanwhile."""
 
     def close(self, gently: bool) -> None:
         """Free everything. On the main thread, with nobody inside. ``gently``: peers may still be reading."""

@@ -16,7 +16,7 @@ import re
 import socket
 import stat
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -84,7 +84,7 @@ class GlooTransport:
                 for descriptor, inode in _members(epoll):
                     _shut(descriptor, inode)
 
-    def settle(self) -> None:
+    def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Severing is done when ``sever`` returns."""
 
     def close(self, gently: bool) -> None:

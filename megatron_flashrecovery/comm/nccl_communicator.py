@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -133,9 +134,12 @@ class NcclTransport:
             transport._aborting.set()
         threading.Thread(target=_abort, args=(tuple(transports),), name="flashrecovery-abort", daemon=True).start()
 
-    def settle(self) -> None:
-        if self._aborting.is_set() and not self._aborted.wait(_ABORT_DEADLINE.total_seconds()):
-            raise Severed(f"an abort did not end within {_ABORT_DEADLINE}: this device is lost")
+    def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        deadline = time.monotonic() + _ABORT_DEADLINE.total_seconds()
+        while self._aborting.is_set() and not self._aborted.wait(_LOOK):
+            if time.monotonic() > deadline:
+                raise Severed(f"an abort did not end within {_ABORT_DEADLINE}: this device is lost")
+            on_wait()
 
     def close(self, gently: bool) -> None:
         # No rank of a node may free what another has not aborted (NVIDIA/nccl#863): the session reports only after
@@ -171,6 +175,7 @@ class NcclMark:
 
 
 _ABORT_DEADLINE = timedelta(seconds=30)
+_LOOK = 0.2
 
 
 def _abort(transports: Sequence[NcclTransport]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
-from megatron_flashrecovery.comm.backlog import backlog
+from megatron_flashrecovery.comm.backlog import backlog, held_up_in
 from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, sever_together
 from megatron_flashrecovery.comm.counterpart import device_of
 from megatron_flashrecovery.comm.gloo_communicator import GlooTransport
@@ -109,6 +109,11 @@ class GroupRegistry:
         """From any thread."""
         return backlog(self._alive().values())
 
+    def held_up_in(self) -> tuple[Spot, float] | None:
+        """The operation in which the device waits for the others, and when it was issued on the monotonic clock, also
+        if no thread is inside of it: a framework may wait for its device anywhere. From any thread."""
+        return held_up_in(self._alive().values())
+
     def outstanding(self) -> bool:
         return any(group.ledger.has_outstanding for group in self._alive().values())
 
@@ -159,13 +164,14 @@ class GroupRegistry:
             for group, work in under_way:
                 group.finish_counterpart(work)
 
-    def settle(self) -> None:
+    def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
         """Block until what ``sever`` began is done. Call it before reporting: on NCCL nobody may free a communicator
-        that another rank of the node has not finished aborting, and nobody frees before all have reported."""
+        that another rank of the node has not finished aborting, and nobody frees before all have reported.
+        ``on_wait`` is called several times a second while it blocks."""
         for group in self._alive().values():
             if group.communicator is not None and group.communicator.severed is not None:
                 for transport in group.communicator.transports:
-                    transport.settle()
+                    transport.settle(on_wait)
 
     def rebuild(self, keys: Iterable[GroupKey], epoch: Epoch) -> None:
         """On the main thread of every member, for the same groups: new communicators under the prefix of ``epoch``.
@@ -280,14 +286,16 @@ class GroupRegistry:
     def _alive(self) -> dict[GroupKey, FlashGroup]:
         return {key: group for key, group in self._groups.copy().items() if not group.destroyed}
 
-    def _make(self, group: FlashGroup) -> Communicator:
+    def _make(self, group: FlashGroup, eagerly: bool = False) -> Communicator:
         store = self._store_of(group)
         meet(store, group.identity.size, lambda: group.severed, self._timeout)
-        # At the start of a job the loss of a member ends it for all.
-        is_start = self._recording and self._epoch == self._start_epoch
-        if not is_start and all(name == "gloo" for _, name in group.identity.backends):
-            return self._set_up.make(group.identity, self._prefix_of(group), lambda: group.severed)
-        return Communicator(group.identity, store)
+        if self._recording and self._epoch == self._start_epoch:
+            # Here the loss of a member ends it for all, so nobody needs to be freed.
+            communicator = Communicator(group.identity, store)
+            if eagerly:
+                communicator.connect()
+            return communicator
+        return self._set_up.make(group.identity, self._prefix_of(group), lambda: group.severed, eagerly)
 
     def _connect(self, group: FlashGroup, eagerly: bool = True) -> None:
         """A job-sized group only gets its tree; its flat communicator is made when a large operation comes. Whoever is
@@ -299,9 +307,7 @@ class GroupRegistry:
                 group.tree.sever(group.severed)  # ordered when there was none yet
             group.tree.relink(self._store_of(group), int(self._epoch))
         elif group.identity.size > 1:
-            communicator = group.adopt(self._make(group))
-            if eagerly:
-                communicator.connect()
+            group.adopt(self._make(group, eagerly))
         group.ledger.begin()
 
     def _store_of(self, group: FlashGroup) -> Store:

@@ -1,17 +1,21 @@
-"""Gloo's own set-up, which nobody can free from outside, done where it may be left behind.
+"""The set-up of a library, which nobody can free from outside, done where it may be left behind.
 
-All members have met when it begins, and it takes milliseconds; but a member may die in them. Then the others wait in
-it until the timeout, each with the lock of its connection to the store: no order would be heard, and no key be read. So
-it runs in a thread, with a connection that nobody else uses. Whoever is told that the group is severed goes away, and
-what is left behind ends by itself.
+All members have met when it begins, and it takes milliseconds with gloo and up to seconds with NCCL; but a member may
+die in them. Then the others wait in it until the timeout, each with the lock of its connection to the store: no order
+would be heard, and no key be read. So it runs in a thread, with a connection that nobody else uses. Whoever is told
+that the group is severed goes away, and what is left behind ends by itself: of gloo and of NCCL's first steps when
+their wait for the store times out, of NCCL's later ones when the connection to the dead member does. Until then such a
+thread holds nothing that the next set-up needs. With NCCL nobody has run this yet.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from megatron_flashrecovery.comm.communicator import Communicator, GroupIdentity, Severed
@@ -35,16 +39,21 @@ class SetUp:
         self._shared = store
         self._own: Store | None = None
 
-    def make(self, identity: GroupIdentity, prefix: str, severed: Callable[[], str | None]) -> Communicator:
+    def make(
+        self, identity: GroupIdentity, prefix: str, severed: Callable[[], str | None], eagerly: bool
+    ) -> Communicator:
         """Raises ``Severed`` with what ``severed`` says, if it says something meanwhile, and ``RuntimeError`` if the
-        others do not connect."""
+        others do not connect. ``eagerly``: also what the first operation would set up."""
         # Here: a rank that never takes part in a recovery needs no second connection.
         own = self._own = self._own or self._shared.clone()  # type: ignore[attr-defined]  # missing in torch's stub
         result = _Result()
-        thread = threading.Thread(
-            target=_make, args=(identity, PrefixStore(prefix, own), result), name="flashrecovery-connect", daemon=True
-        )
-        thread.start()
+        on_device = _on_device_of(identity)
+
+        def make() -> None:
+            with on_device:
+                _make(identity, PrefixStore(prefix, own), eagerly, result)
+
+        threading.Thread(target=make, name="flashrecovery-connect", daemon=True).start()
         while not result.is_over.wait(_LOOK):
             reason = severed()
             if reason is not None and _abandon(result):
@@ -57,9 +66,18 @@ class SetUp:
         return result.made
 
 
-def _make(identity: GroupIdentity, store: Store, result: _Result) -> None:
+def _on_device_of(identity: GroupIdentity) -> AbstractContextManager[object]:
+    """A thread that names no device works on the first one."""
+    if all(name != "nccl" for _, name in identity.backends):
+        return nullcontext()
+    return torch.cuda.device(identity.device or torch.cuda.current_device())
+
+
+def _make(identity: GroupIdentity, store: Store, eagerly: bool, result: _Result) -> None:
     try:
         made = Communicator(identity, store)
+        if eagerly:
+            made.connect()
     except Exception as error:  # for whoever waits; a thread has nobody else to tell
         result.error = error
         result.is_over.set()

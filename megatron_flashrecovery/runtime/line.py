@@ -38,6 +38,8 @@ from megatron_flashrecovery.runtime.parking_lot import ParkingLot, Stand
 from megatron_flashrecovery.runtime.progress import Progress
 
 _BLOCKED_AFTER = 0.02
+_HELD_UP_AFTER = 0.1
+"""Seconds after the order to stop; a host that is not waiting for its device comes to its next operation by then."""
 _POLL = 0.01
 _BEAT = 0.25
 """Seconds between two signs of life in the page that the agent reads."""
@@ -209,7 +211,7 @@ class Line:
                 for key, error in self._registry.errors().items():
                     # Whoever waits on a device for what has failed hears of nothing, and cannot stop.
                     self._registry.sever([key], error, message.epoch)
-                self._registry.settle()
+                self._registry.settle(self._pulse.beat)
                 self.report()
             case SayReady():
                 with self._saying:
@@ -217,7 +219,7 @@ class Line:
             case GetOutOfTheWay(advance=advance, sever=sever, answer=answer, match=matches):
                 for key, reason in sever.items():
                     self._registry.sever([key], reason, message.epoch)
-                self._registry.settle()
+                self._registry.settle(self._pulse.beat)
                 self._lot.get_out_of_the_way(advance, answer, matches)
                 self.report()
             case CarryOut(share=share):
@@ -251,13 +253,17 @@ class Line:
                 self._say_what_failed(f"{key}: {error}")
 
     def _blocked(self) -> Stand | None:
-        inside = self._registry.standing()
-        if inside is None or not self._lot.stopping:
+        """What this says of a thread that is moving after all does no harm: it stands before its next operation, and
+        says so."""
+        if not self._lot.stopping or self._lot.executing:
             return None
-        spot, since = inside
-        if time.monotonic() - max(since, self._lot.stopped_since) < _BLOCKED_AFTER:
+        stopped_for = time.monotonic() - self._lot.stopped_since
+        inside, patience = self._registry.standing(), _BLOCKED_AFTER
+        if inside is None and stopped_for >= _HELD_UP_AFTER:
+            inside, patience = self._registry.held_up_in(), _HELD_UP_AFTER
+        if inside is None or min(stopped_for, time.monotonic() - inside[1]) < patience:
             return None
-        return Stand(Standing.BLOCKED, spot)
+        return Stand(Standing.BLOCKED, inside[0])
 
     def _report(self, stand: Stand) -> Report:
         progress, copies = self._progress, self.copies

@@ -93,6 +93,11 @@ class ParkingLot:
         return self._stopping
 
     @property
+    def executing(self) -> bool:
+        """A plan is being carried out: operations go ahead, although the job is stopped."""
+        return self._executing
+
+    @property
     def stopped_since(self) -> float:
         return self._stopped_since
 

@@ -9,7 +9,7 @@ waiting for a work does not wait for the operation, only ``finish`` does. A send
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -148,7 +148,7 @@ class FaultyTransport:
     def sever(self) -> None:
         self._group.spoil()
 
-    def settle(self) -> None:
+    def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
         pass
 
     def close(self, gently: bool) -> None:

@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from megatron_flashrecovery.comm.backlog import backlog
+from megatron_flashrecovery.comm.backlog import backlog, held_up_in
 from megatron_flashrecovery.comm.communicator import GroupIdentity
 from megatron_flashrecovery.comm.handle import FlashGroup
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
@@ -156,6 +156,23 @@ def test_what_is_complete_is_counted_and_no_more_waited_for(cluster):
     assert backlog(trainer.groups.values()) is None
     trainer.reduce("world")
     assert backlog(trainer.groups.values()) == OnDevice("allreduce of world", 1, True, issued=2, completed=1)
+
+
+def test_a_device_is_held_up_where_the_others_have_not_come_and_not_by_itself(cluster):
+    trainer = cluster.trainers[0]
+    assert held_up_in(trainer.groups.values()) is None
+    trainer.reduce("dp0")
+    trainer.reduce("world")
+    spot, _ = held_up_in(trainer.groups.values())
+    assert (spot.group, spot.operation, spot.number) == ("dp0", "allreduce", 1)
+    trainer.ends["dp0"].release()
+    spot, _ = held_up_in(trainer.groups.values())
+    assert spot.group == "world"
+    trainer.ends["world"].default.sever()
+    assert held_up_in(trainer.groups.values()) is None
+    trainer.stream.hang()
+    trainer.reduce("dp0")
+    assert held_up_in(trainer.groups.values()) is None
 
 
 def test_an_operation_of_a_communicator_that_was_severed_is_not_waited_for(cluster):

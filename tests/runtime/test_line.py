@@ -52,11 +52,14 @@ class BlockedRegistry:
     def sever(self, keys: Iterable[GroupKey], reason: str, epoch: Epoch | None = None) -> None:
         self.severed += keys
 
-    def settle(self) -> None:
+    def settle(self, on_wait: Callable[[], None]) -> None:
         pass
 
     def backlog(self) -> None:
         """Its host waits for each operation."""
+
+    def held_up_in(self) -> tuple[Spot, float] | None:
+        return None
 
 
 @pytest.fixture
@@ -123,6 +126,32 @@ class FreeRegistry(BlockedRegistry):
 
     def standing(self) -> None:  # type: ignore[override]
         return None
+
+
+class WaitingForDevice(FreeRegistry):
+    """As in ``torch.cuda.synchronize()`` behind an operation for which the others do not come."""
+
+    def held_up_in(self) -> tuple[Spot, float]:
+        return SPOT, self._since
+
+
+def test_a_rank_whose_host_waits_for_its_device_says_in_which_operation_that_is(line_of: Any) -> None:
+    line, ours, lot = line_of(WaitingForDevice())
+    line._obey(Park(Epoch(1), OrderNumber(1), (Rank(0),)))
+    line._look_again()
+    with pytest.raises(TimeoutError):
+        ours.receive(0.0)  # it may be on its way to its next operation
+    time.sleep(0.12)
+    line._look_again()
+    said, _ = ours.receive(1.0)
+    assert (said.report.standing, said.report.spot) == (Standing.BLOCKED, SPOT)
+    lot.get_out_of_the_way(False, None)
+    line._obey(ExecutePlan(NodeId("a"), Epoch(1), OrderNumber(2), Step(0), True, (Share(Rank(1), Source.LIVE),)))
+    lot.take_plan()
+    time.sleep(0.12)
+    line._look_again()
+    with pytest.raises(TimeoutError):
+        ours.receive(0.0)  # in a plan it is no news that others are waited for
 
 
 class RecordedCopies:

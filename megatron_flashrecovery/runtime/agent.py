@@ -34,6 +34,7 @@ from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.node_seats import NodeSeats
 from megatron_flashrecovery.runtime.relay import merged, narrowed, of_numbers
 from megatron_flashrecovery.runtime.seating import grant, seats_described
+from megatron_flashrecovery.runtime.succession import Succession
 from megatron_flashrecovery.runtime.vigil import Vigil
 from megatron_flashrecovery.runtime.watch import Watch
 from megatron_flashrecovery.runtime.workers import CONFIG_EXIT, Worker, WorkerEnded, Workers
@@ -57,6 +58,7 @@ class Agent:
         self._epoch = Epoch(0)
         self._number = OrderNumber(0)
         self._spares: list[Worker] = []
+        self._succession = Succession(lambda: workers.living)
         self._watch = Watch(node, Pace(unknown=config.deadlines.hang_timeout))
         self._devices = DeviceWatch(node, first, control)
         self._inquest = Inquest(self._watch, OutOfMemory(), self._devices)
@@ -84,6 +86,7 @@ class Agent:
             self._wait()
             self._obey()
             self._notice_deaths()
+            self._fill_seats()
             self._listen()
             self._look_for_hangs()
             self._keep_spares()
@@ -183,6 +186,7 @@ class Agent:
             self._workers.kill(worker)
         if order.fault is Fault.NODE_LOST:
             self._seats.give_up(order.ranks)
+            self._succession.drop(order.ranks)
             self._hold_seats()
             _say(f"{order.reason}; no worker sits here any more")
 
@@ -203,9 +207,13 @@ class Agent:
 
     def _start(self, epoch: Epoch, ranks: tuple[Rank, ...], *, joining: bool) -> None:
         self._epoch = epoch
-        for rank in ranks:
+        self._succession.enter(ranks, joining=joining)
+        self._fill_seats()
+
+    def _fill_seats(self) -> None:
+        for rank, joining in self._succession.due():
             worker = self._spares.pop(0) if self._spares else self._workers.start(f"rank{rank}.log")
-            worker.seat = self._seats.seat(rank, epoch, joining, self.injections.orders(rank))
+            worker.seat = self._seats.seat(rank, self._epoch, joining, self.injections.orders(rank))
             self._say(worker, worker.seat, self._watch.take(worker.id))
 
     def _to_all(self, order: object) -> None:

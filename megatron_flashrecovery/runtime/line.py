@@ -120,8 +120,13 @@ class Line:
         first_line = str(error).partition("\n")[0] or type(error).__name__
         self._say_what_failed(f"{spot.operation} of {spot.group} failed: {first_line}")
 
-    def _say_what_failed(self, what: str) -> None:
-        self._channel.send(dialogue.OperationFailed(self.epoch, Step(self._progress.completed + 1), what))
+    def say_plan_cut_short(self, epoch: Epoch, reason: str) -> None:
+        """By a connection, and this rank has all that it needs for another one."""
+        self._say_what_failed(f"while a plan was carried out: {reason}", epoch)
+
+    def _say_what_failed(self, what: str, epoch: Epoch | None = None) -> None:
+        due = Step(self._progress.completed + 1)
+        self._channel.send(dialogue.OperationFailed(self.epoch if epoch is None else epoch, due, what))
 
     def say_failed(self, epoch: Epoch, reason: str, fault: Fault) -> None:
         self._channel.send(dialogue.Failed(epoch, reason, fault))

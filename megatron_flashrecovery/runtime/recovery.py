@@ -107,12 +107,21 @@ class Recovery:
                 raise  # nothing can be restored into it: another process is refilled from the own copy
             # Somebody else's death looks like this too: then the order to park is on its way, and says so better.
             if not self._lot.stops_within(_GRACE):
-                fault = Fault.CORRUPTION if isinstance(error, PeersDisagree) else Fault.PLAN_FAILED
-                self._line.say_failed(plan.epoch, f"{type(error).__name__}: {error}", fault)
+                self._say_why_not(plan, share, error)
             self._lot.wait_until_over()
         else:
             self._line.say_executed(plan.epoch, self._seconds)
             self._lot.wait_until_over()
+
+    def _say_why_not(self, plan: ExecutePlan, share: Share, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        is_of_a_connection = isinstance(error, LinkLost) or not isinstance(error, FlashRecoveryError)
+        if share.source is Source.LIVE and is_of_a_connection:
+            # Whoever speaks need not be to blame, and this may be the last process that has its state.
+            self._line.say_plan_cut_short(plan.epoch, reason)
+        else:
+            fault = Fault.CORRUPTION if isinstance(error, PeersDisagree) else Fault.PLAN_FAILED
+            self._line.say_failed(plan.epoch, reason, fault)
 
     def _carry_out(self, plan: ExecutePlan, share: Share) -> None:
         step = plan.resume_step

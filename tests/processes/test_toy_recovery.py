@@ -126,6 +126,20 @@ def test_a_replacement_killed_while_it_joins_is_replaced_again(tmp_path: Path, a
     assert recovery.epoch == 2, "the second loss opens a second epoch of the same recovery"
 
 
+def test_a_connection_that_fails_while_a_plan_is_carried_out_costs_another_plan_and_nobody(
+    tmp_path: Path, assert_equal: Equal
+) -> None:
+    """Who says so need not be to blame, and may be the last that has its state."""
+    failing = Job(
+        arguments=("--raise-in-plan", "0", "--once", str(tmp_path / "once")), injections=(kill(3, 5, "backward"),)
+    )
+    outcome = run(failing, tmp_path / "run")
+    assert_equal(failing, outcome)
+    (recovery,) = outcome.recoveries
+    assert recovery.epoch == 2
+    assert "rank 0: while a plan was carried out: RuntimeError: Connection reset by peer" in outcome.said
+
+
 def test_the_loss_of_the_fork_server_is_named_and_changes_no_bit(tmp_path: Path, assert_equal: Equal) -> None:
     job = Job(ranks=2)
     with started(job, tmp_path / "run") as running:

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--raise-at", type=int, default=-1, help="an exception in this step, again and again")
     parser.add_argument("--raise-code", type=int, help="and that of a device, by this number of cudaError_t")
     parser.add_argument("--break-device", choices=("illegal access", "assert", "memory"), help="of a real device")
-    parser.add_argument("--raise-in-plan", type=int, help="the same on this rank while it carries out a plan")
+    parser.add_argument("--raise-in-plan", type=int, help="that of a device, or of a connection without --raise-code")
     parser.add_argument("--pretend-devices", action="store_true", help="each rank has one, at 0000:f0:0RANK of the bus")
     parser.add_argument("--cut-mirror-at", type=int, default=-1, help="reset the connection to the host in this step")
     parser.add_argument("--mismatch-at", type=int, default=-1, help="it waits in this step for who never comes")
@@ -194,9 +194,9 @@ def break_real_device(error: str) -> None:
         break_device()
 
 
-def fail_once(code: int, once: Path) -> None:
+def fail_once(code: int | None, once: Path) -> None:
     if _is_first(once):
-        raise device_error(code)
+        raise RuntimeError("Connection reset by peer") if code is None else device_error(code)
 
 
 def _is_first(path: Path | None) -> bool:

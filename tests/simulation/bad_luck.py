@@ -202,6 +202,8 @@ class BadLuck:
                 return
             has_aborted = worker.has_abort_begun or bool(worker.ends[key].open)
             worker.cut(key, RESET)
+            if worker.lose_connection(comm, RESET):
+                return
             worker.has_abort_begun = has_aborted  # what was not under way is found out by the next operation
             if has_aborted:
                 self._tell_what_failed(worker, f"an operation of {key} failed: {RESET}")

@@ -20,6 +20,10 @@ class Failure(Exception):
     """The share cannot be executed."""
 
 
+class ConnectionLost(Failure):
+    """While a communicator was made, and nobody was lost."""
+
+
 @dataclass(frozen=True)
 class Connect:
     """Wait until every member has joined the new communicator."""
@@ -42,8 +46,13 @@ def execute(me: Worker, resume_step: Step, regather: bool, share: Share) -> Prog
     me.discard(resume_step)
     yield Pause()
     comms = [me.rejoin(key) for key in share.rebuild]
-    for comm in comms:
-        yield Connect(comm)  # type: ignore[misc]
+    try:
+        for comm in comms:
+            yield Connect(comm)  # type: ignore[misc]
+    except ConnectionLost as lost:
+        if share.source is Source.LIVE:
+            raise
+        raise Failure(str(lost)) from lost
     if share.source is Source.LIVE:
         _stay(me, resume_step, was_live)
     _give(me, resume_step, share)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step, WorkerId
 from megatron_flashrecovery.core.member import Member, Mode
-from megatron_flashrecovery.core.messages import PlanFailed, RanksFinished
+from megatron_flashrecovery.core.messages import OperationsFailed, PlanFailed, RanksFinished
 from megatron_flashrecovery.core.reports import Told, Update
-from tests.simulation.execution import Connect, Failure, News
+from tests.simulation.execution import Connect, ConnectionLost, Failure, News
 from tests.simulation.fabric import Endpoint, Handle, Void, mix
 from tests.simulation.program import (
     Arm,
@@ -69,6 +69,8 @@ class MainThread:
         self.acked = -1
         self.early: list[tuple[Rank, Snapshot, Epoch]] = []
         self.news: dict[tuple[Epoch, str], object] = {}
+        self.rebuilding: tuple[GroupKey, ...] = ()
+        """By the newest plan."""
         self.program: Program | None = None
         self.waits = "idle"
         self.ask: Ask | Connect | News | None = None
@@ -119,10 +121,20 @@ class MainThread:
             return
         self.world.turns += 1
         try:
-            ask = self.program.send(self.result)  # type: ignore[arg-type]
+            if isinstance(self.result, ConnectionLost):
+                ask = self.program.throw(self.result)
+            else:
+                ask = self.program.send(self.result)  # type: ignore[arg-type]
         except StopIteration:
             self.program = None
             self.stand("idle")
+            return
+        except ConnectionLost as lost:
+            # It has all that it needs for another plan, and may be the last that has it.
+            self.program = None
+            self.waits = "idle"
+            failed = {self.rank: str(lost)}
+            self.world.tell(OperationsFailed(self.agent.node, self.member.epoch, failed, Step(self.step + 1)))
             return
         except Failure as failure:
             self.program = None

@@ -15,6 +15,7 @@ _WATCHES = 0.25
 _POISONS = 0.2
 _CUTS = 0.2
 _DIAGNOSES = 0.2
+_IN_PLAN = 0.3
 PARALLEL = ["tp", "pp", "dp", "mp", "world", "embedding"]
 
 
@@ -158,6 +159,7 @@ def draw(seed: int, off: frozenset[str] = frozenset()) -> Settings:
             *_draw_cut(seed, off),
             *_draw_numbers(seed, off),
             *_draw_diagnosis(seed, off),
+            *_draw_in_plan(seed, off),
         ),
         spares=rng.choice([0, 1, 1, 2]),
         spare_delay=rng.choice([0.0, 0.5, 5.0]),
@@ -203,6 +205,21 @@ def _draw_diagnosis(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
         return ()
     when = rng.choice(["turn"] * 4 + ["Draining", "Staffing", "Executing", "Training"])
     return (Fault(when, rng.random() / 2, rng.choice([0, 3, 30]), rng.choice(["one", "one", "all"]), "diagnosis"),)
+
+
+def _draw_in_plan(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:
+    """Sometimes a plan is overtaken while it is carried out, somewhere in it. Drawn apart, too."""
+    rng = Random(f"in a plan {seed}")
+    if off or rng.random() > _IN_PLAN:
+        return ()
+    kinds, victims = ["kill", "cut", "cut", "pause"], ["one", "one", "two", "replacement", "host and guest"]
+    return (
+        Fault("turn", rng.random(), 0, "one", "kill"),
+        *(
+            Fault("Executing", 0.0, int(rng.random() * 120), rng.choice(victims), rng.choice(kinds))
+            for _ in range(rng.choice([1, 1, 2]))
+        ),
+    )
 
 
 def _draw_poison(seed: int, off: frozenset[str]) -> tuple[Fault, ...]:

@@ -19,7 +19,7 @@ from megatron_flashrecovery.core.member import (
 from megatron_flashrecovery.core.messages import PlanExecuted, RanksReady
 from megatron_flashrecovery.core.reports import Match, Report, Spot, Standing, Update
 from tests.simulation.bad_luck import RESET
-from tests.simulation.execution import Connect, News, execute
+from tests.simulation.execution import Connect, ConnectionLost, News, execute
 from tests.simulation.fabric import Communicator
 from tests.simulation.main_thread import MainThread
 from tests.simulation.program import Begin, Collective, Exchange
@@ -48,6 +48,7 @@ class Worker(MainThread):
                 self._get_out_of_the_way(action)
             case CarryOut(resume_step, regather, share):
                 self.is_finishing = False
+                self.rebuilding = share.rebuild
                 self.program = execute(self, resume_step, regather, share)
                 self.wake()
             case GoOn():
@@ -69,6 +70,8 @@ class Worker(MainThread):
         for key in self.keys.values():
             if key in self.ends and any(rank in lost for rank in self.model.groups[key]):
                 self.cut(key, "a member was lost")
+            elif key in self.ends and is_executing and key in self.rebuilding:
+                self.cut(key, "the plan that was to make it is void")
         self.say_where()
 
     def _get_out_of_the_way(self, action: GetOutOfTheWay) -> None:
@@ -213,6 +216,14 @@ class Worker(MainThread):
                         self.wake()
                 elif (content := self.news.pop((self.member.epoch, what), None)) is not None:
                     self.wake(content)
+
+    def lose_connection(self, comm: Communicator, why: str) -> bool:
+        """Whether it was waiting for the others to connect."""
+        if self.waits != "news" or self.ask != Connect(comm) or self.is_hung:
+            return False
+        self.world.seen["connections lost in a plan"] += 1
+        self.wake(ConnectionLost(f"{comm.key}: {why}"))
+        return True
 
     def rejoin(self, key: GroupKey) -> Communicator:
         """Take a place in the new communicator of a group."""

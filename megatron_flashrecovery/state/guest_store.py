@@ -42,7 +42,12 @@ class GuestStore:
 
     def begin(self, offer: Offer) -> memoryview | None:
         with self._lock:
-            return self._intake(offer).begin(offer)
+            intake = self._intake(offer)
+        # Not with the lock: it reads all of the mirror, and a report of this rank waits for the lock.
+        is_here = intake.has(offer)
+        with self._lock:
+            intake = self._intake(offer)
+            return None if is_here else intake.make_room(offer)
 
     def commit(self, offer: Offer) -> None:
         with self._lock:

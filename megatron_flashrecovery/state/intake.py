@@ -15,7 +15,14 @@ class Intake:
         self._pair = pair
         self._begun: tuple[Offer, Slot] | None = None
 
+    def has(self, offer: Offer) -> bool:
+        """Whether exactly these bytes are here already; from any thread."""
+        return self._pair.holds(offer)
+
     def begin(self, offer: Offer) -> memoryview | None:
+        return None if self.has(offer) else self.make_room(offer)
+
+    def make_room(self, offer: Offer) -> memoryview:
         if offer.id.rank != self._pair.rank:
             raise SnapshotMismatch(
                 f"a snapshot of rank {offer.id.rank} was sent to the slots of rank {self._pair.rank}"
@@ -25,8 +32,6 @@ class Intake:
                 f"a snapshot of rank {offer.id.rank}, step {offer.id.step} is {offer.nbytes - self._pair.capacity} "
                 f"bytes longer than its slot here: do owner and host agree on its size"
             )
-        if self._pair.holds(offer):
-            return None
         slot = self._pair.begin(offer.id)
         self._begun = (offer, slot)
         return slot.content(offer.nbytes)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from megatron_flashrecovery.core.errors import SnapshotMismatch
 from megatron_flashrecovery.core.snapshot import Offer, SnapshotId
+from megatron_flashrecovery.state import slot_pair
 from megatron_flashrecovery.state.fingerprint import fingerprint
 from megatron_flashrecovery.state.guest_store import GuestStore
 
@@ -42,6 +45,34 @@ def test_guests_are_kept_apart(store):
 def test_what_is_here_already_is_not_taken_again(store):
     receive(store, b"state", 1)
     assert store.begin(offer(b"state", 1, epoch=1)) is None
+
+
+def test_what_is_here_may_be_asked_for_while_a_mirror_that_comes_again_is_compared(store, monkeypatch):
+    """Which takes seconds when it is large, and the order to stop wants an answer."""
+    receive(store, b"state", 1)
+    asked: list[dict] = []
+
+    def slow(content):
+        asked.append(store.steps())
+        return fingerprint(content)
+
+    monkeypatch.setattr(slot_pair, "fingerprint", slow)
+    thread = threading.Thread(target=store.begin, args=(offer(b"state", 1, epoch=1),), daemon=True)
+    thread.start()
+    thread.join(10.0)
+    assert asked == [{1: (1,), 2: ()}]
+
+
+def test_an_offer_that_was_overtaken_while_it_was_compared_is_refused(store, monkeypatch):
+    receive(store, b"state", 1)
+
+    def overtaken(content):
+        store.open_epoch(2)
+        return fingerprint(content)
+
+    monkeypatch.setattr(slot_pair, "fingerprint", overtaken)
+    with pytest.raises(SnapshotMismatch, match="in epoch 1, but this is 2"):
+        store.begin(offer(b"state", 1, epoch=1))
 
 
 def test_a_mirror_that_was_abandoned_does_not_exist(store):

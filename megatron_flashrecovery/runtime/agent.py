@@ -10,7 +10,6 @@ import os
 import queue
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,6 +32,7 @@ from megatron_flashrecovery.runtime.inquest import Inquest
 from megatron_flashrecovery.runtime.launch_config import LaunchConfig
 from megatron_flashrecovery.runtime.node_seats import NodeSeats
 from megatron_flashrecovery.runtime.relay import merged, narrowed, of_numbers
+from megatron_flashrecovery.runtime.saying import say
 from megatron_flashrecovery.runtime.seating import grant, seats_described
 from megatron_flashrecovery.runtime.succession import Succession
 from megatron_flashrecovery.runtime.vigil import Vigil
@@ -165,7 +165,7 @@ class Agent:
     def _begin(self, welcome: node_messages.NodeWelcome) -> None:
         self._seats.store = (welcome.store_host, welcome.store_port)
         if not welcome.ranks:
-            _say("this is a spare node: it waits until another one is lost")
+            say("this is a spare node: it waits until another one is lost")
         elif welcome.epoch > self._seats.begun_in:  # else told twice: these seats are taken
             self._seats.begun_in = welcome.epoch
             self._seats.add(welcome.ranks)
@@ -188,7 +188,7 @@ class Agent:
             self._seats.give_up(order.ranks)
             self._succession.drop(order.ranks)
             self._hold_seats()
-            _say(f"{order.reason}; no worker sits here any more")
+            say(f"{order.reason}; no worker sits here any more")
 
     def _end_seated(self, ranks: tuple[Rank, ...]) -> None:
         for rank, worker in list(self._workers.seated()):
@@ -382,11 +382,6 @@ class Agent:
         select.select(waits, [], [], _TICK)
         with suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
-
-
-def _say(line: str) -> None:
-    with suppress(OSError):  # whoever listened has gone
-        print(f"flashrecovery: {line}", file=sys.stderr, flush=True)
 
 
 def _who_has_not_come(config: LaunchConfig) -> str:

@@ -4,13 +4,12 @@ the kernel is done with it, which takes seconds when it has a large device conte
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.runtime.saying import say
 from megatron_flashrecovery.runtime.workers import Worker
 
 _PATIENCE = 20.0
@@ -53,18 +52,13 @@ class Succession:
             if (before := in_the_way.get(rank)) is None or waited < _SILENT_FOR:
                 continue
             if waited >= _PATIENCE:
-                _say(
+                say(
                     f"process {before.pid} of rank {rank} has not ended for {waited:.0f} s; its successor starts anyway"
                 )
                 del in_the_way[rank]
             elif not turn.is_told:
                 turn.is_told = True
-                _say(f"rank {rank} starts when process {before.pid} has ended, or in {_PATIENCE - waited:.0f} s")
+                say(f"rank {rank} starts when process {before.pid} has ended, or in {_PATIENCE - waited:.0f} s")
         due = [(rank, turn.joining) for rank, turn in self._turns.items() if rank not in in_the_way]
         self.drop(rank for rank, _ in due)
         return due
-
-
-def _say(line: str) -> None:
-    with suppress(OSError):  # whoever listened has gone
-        print(f"flashrecovery: {line}", file=sys.stderr, flush=True)

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import Rank, WorkerId
 from megatron_flashrecovery.runtime.dialogue import Seat, dialogue_codec
 from megatron_flashrecovery.runtime.fork_server import Ended, Fork, Forked, Preloaded, fork_codec
+from megatron_flashrecovery.runtime.saying import say
 
 _TAIL_NBYTES = 8192
 CONFIG_EXIT = 2
@@ -213,7 +213,7 @@ class Workers:
             while self._living and (waited := time.monotonic() - began) < patience:
                 if waited > _SILENT_FOR and not is_said:
                     is_said = True
-                    _say(f"waiting for {len(self._living)} workers to end by {number.name}, for {patience:g} s at most")
+                    say(f"waiting for {len(self._living)} workers to end by {number.name}, for {patience:g} s at most")
                 for end in self.poll():
                     end.worker.channel.close()
                 time.sleep(0.01)
@@ -311,7 +311,7 @@ class Workers:
         self.cold_because = f"the fork server is gone: {how}"
         again = was_serving and self._servers < _SERVERS and not self._is_closing
         until = "until another one has done the imports" if again else "from now on"
-        _say(
+        say(
             f"the fork server (process {self._server.pid}) is gone: {how}; workers that ended with it: {len(lost)}; "
             f"replacements start cold {until} (its log: {self._log_dir / _SERVER_LOG})"
         )
@@ -324,7 +324,7 @@ class Workers:
         self._is_serving, self.cold_because = not problem, problem
         if problem:
             self._stop_server()
-        _say(f"replacements start cold: {problem}" if problem else "another fork server is there for replacements")
+        say(f"replacements start cold: {problem}" if problem else "another fork server is there for replacements")
 
     def _end(self, worker: Worker, status: int, server_ended: str = "") -> WorkerEnded:
         del self._living[worker.number]
@@ -352,8 +352,3 @@ def _end_group(pid: int, number: int) -> None:
 
 def _in_words(returncode: int) -> str:
     return f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
-
-
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # whoever listened has gone
-        print(f"flashrecovery: {line}", file=sys.stderr, flush=True)

@@ -29,11 +29,11 @@ def backlog(groups: Iterable[FlashGroup]) -> OnDevice | None:
     return OnDevice(f"{spot.operation} of {spot.group}", spot.number, oldest.is_reached, oldest.issued, completed)
 
 
-def held_up_in(groups: Iterable[FlashGroup]) -> tuple[Spot, float] | None:
-    """The operation in which the device waits for the others, and when it was issued on the monotonic clock; ``None``
-    if it is at something of its own. From any thread; waits for nothing."""
+def held_up_in(groups: Iterable[FlashGroup]) -> Spot | None:
+    """The operation in which the device waits for the others; ``None`` if it is at something of its own. From any
+    thread; waits for nothing."""
     oldest = _oldest(groups)
-    return (oldest.pending.spot, oldest.pending.issued_at) if oldest is not None and oldest.is_reached else None
+    return oldest.pending.spot if oldest is not None and oldest.is_reached else None
 
 
 def _oldest(groups: Iterable[FlashGroup]) -> _Oldest | None:

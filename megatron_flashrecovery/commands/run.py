@@ -96,7 +96,7 @@ _DEADLINES = {
     "heartbeat-interval": "how often an agent tells the controller that its node lives (0.4)",
     "heartbeat-timeout": "after how long a silent node is lost (2)",
     "drain-timeout": "how long survivors have to stop, those that are busy with what usually takes longer aside (30)",
-    "join-timeout": "how long a worker has to get ready (300)",
+    "join-timeout": "how long a replacement has to get ready, and a node to come (300)",
     "execute-timeout": "how long the ranks have to execute a plan (60)",
     "hang-timeout": "after how long something hangs that was never timed, a first step for instance (600; 0: never)",
 }

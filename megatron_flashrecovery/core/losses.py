@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from megatron_flashrecovery.core.ids import Rank
+from megatron_flashrecovery.core.ids import Epoch, Rank
 from megatron_flashrecovery.core.job import Job
 from megatron_flashrecovery.core.messages import Command, Loss, NodeLost, PlanFailed, WorkersLost
 from megatron_flashrecovery.core.phases import Draining, Executing, Staffing
@@ -22,7 +22,7 @@ def lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
         if job.seats.node_of.get(loss.rank) != event.node:
             continue
         kept = event.vault.get(loss.rank, ())
-        was_fenced = loss.epoch is not None and loss.epoch == job.fenced.get(loss.rank)
+        was_fenced = loss.epoch is not None and _was_fenced(job, loss.rank, loss.epoch)
         if was_fenced:
             del job.fenced[loss.rank]
             job.vault[loss.rank] = kept
@@ -41,6 +41,11 @@ def lose_workers(job: Job, event: WorkersLost, now: float) -> list[Command]:
         for rank, loss in news.items()
     }
     return _lose(job, mishaps, now)
+
+
+def _was_fenced(job: Job, rank: Rank, epoch: Epoch) -> bool:
+    """A worker that waited for its predecessor's end has taken its seat in a newer epoch than it was ordered for."""
+    return rank in job.fenced and (job.fenced[rank] <= epoch < job.started_for(rank) or epoch == job.fenced[rank])
 
 
 def _distrust(job: Job, rank: Rank) -> None:

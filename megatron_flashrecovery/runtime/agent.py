@@ -58,7 +58,7 @@ class Agent:
         self._epoch = Epoch(0)
         self._number = OrderNumber(0)
         self._spares: list[Worker] = []
-        self._succession = Succession(lambda: workers.living)
+        self._succession = Succession(lambda: workers.living, config.deadlines.join_timeout / 4)
         self._watch = Watch(node, Pace(unknown=config.deadlines.hang_timeout))
         self._devices = DeviceWatch(node, first, control)
         self._inquest = Inquest(self._watch, OutOfMemory(), self._devices)
@@ -148,7 +148,7 @@ class Agent:
             case node_messages.Inject():
                 self._inject(order)
             case signal.Signals():
-                self._dismissal = self._farewell.pass_on(order) or self._dismissal
+                self._dismissal = self._farewell.pass_on(order, bool(self._succession)) or self._dismissal
             case node_messages.Dismiss():
                 self._dismissal = order
             case _:
@@ -215,6 +215,8 @@ class Agent:
             worker = self._spares.pop(0) if self._spares else self._workers.start(f"rank{rank}.log")
             worker.seat = self._seats.seat(rank, self._epoch, joining, self.injections.orders(rank))
             self._say(worker, worker.seat, self._watch.take(worker.id))
+            if self._departures.passed_on is not None:
+                self._workers.tell(worker, self._departures.passed_on)
 
     def _to_all(self, order: object) -> None:
         for _rank, worker in self._workers.seated():

@@ -59,6 +59,8 @@ class Controller:
         self._punctuality = Punctuality(config.deadlines.heartbeat_interval)
         self._looked = 0.0
         self._known: set[NodeId] = set()
+        self._seen: set[str] = set()
+        """Also those that were refused."""
         self._has_begun = False
         nodes = range(config.nnodes + config.spare_nodes)
         self._first_seats = {f"node{node_rank}": config.first_seats(node_rank) for node_rank in nodes}
@@ -93,7 +95,8 @@ class Controller:
     async def _dismiss_who_comes_late(self, until: float) -> None:
         """A spare node that is still at its imports when a short job ends would look for the controller until its
         --join-timeout, and hold its machine and the batch job with it."""
-        if not (late := self._absent()) or (patience := until - time.monotonic()) <= 0:
+        late, patience = self._absent(), until - time.monotonic()
+        if not late or patience <= 0 or self._waits_for_nobody.is_set():
             return
         self._chronicle.tell_of_late_nodes(late, patience)
         while self._absent() and time.monotonic() < until and not self._waits_for_nobody.is_set():
@@ -101,7 +104,7 @@ class Controller:
                 await asyncio.wait_for(self._waits_for_nobody.wait(), _TICK)
 
     def _absent(self) -> list[str]:
-        return sorted(self._first_seats.keys() - self._known)
+        return sorted(self._first_seats.keys() - self._seen)
 
     async def _tick(self) -> None:
         self._looked = time.monotonic()
@@ -118,8 +121,8 @@ class Controller:
     async def _attach(self, messages: AsyncIterator[object]) -> AsyncIterator[object]:
         joined = await anext(messages)
         assert isinstance(joined, node_messages.NodeAttached), joined
+        self._seen.add(joined.node)
         if self._over.is_set():
-            self._known.add(joined.node)
             yield self._dismissal
             return
         if (refusal := self._why_not(joined)) is not None:
@@ -201,6 +204,9 @@ class Controller:
             case node_messages.NodeDone(node=node, epoch=epoch, failure=failure):
                 if epoch >= self._restarted_in:  # else all workers have been started again since
                     self._note_done(node, failure)
+            case node_messages.SignalPassedOn():
+                self.leave()  # who is late has been told to end as well
+                self._chronicle.note(message)
             case _:
                 self._chronicle.note(message)
 

@@ -33,15 +33,15 @@ class Farewell:
         self._departures = departures
         self._end_by: float | None = None
 
-    def pass_on(self, number: signal.Signals) -> Dismiss | None:
+    def pass_on(self, number: signal.Signals, others_come: bool = False) -> Dismiss | None:
         """To the workers alone: what they have started is theirs to end. Returns what to end the job with, if there are
-        none yet."""
+        none yet. ``others_come``: some start as soon as their predecessors have ended, and are told then."""
         self._departures.passed_on = number
         seated = list(self._workers.seated())
         has_seats = bool(self._departures.ranks)
         if not has_seats and self._node != _CONTROLLERS:
             return Dismiss(f"told to end by {number.name}, and no worker sits here", 1, at_once=True)
-        if has_seats and not seated:
+        if has_seats and not seated and not others_come:
             return Dismiss(f"told to end by {number.name} before any worker had started", 1)
         for _rank, worker in seated:
             self._workers.tell(worker, number)

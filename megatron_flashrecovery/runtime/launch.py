@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -158,15 +159,19 @@ def _controller(config: LaunchConfig, told: _Told) -> Iterator[tuple[str, Callab
 
         def stop(reason: str) -> None:
             stopped = threading.Event()
+            until = time.monotonic() + _GRACE
             if thread.is_alive():
                 loop.call_soon_threadsafe(controller.stop, reason)
                 loop.call_soon_threadsafe(stopped.set)
-                stopped.wait(_GRACE)
+            # Its loop may have ended with these two unread.
+            while thread.is_alive() and not stopped.wait(0.05) and time.monotonic() < until:
+                pass
 
         try:
             yield f"{config.master_addr}:{port}", stop
             if told.first is None:
-                thread.join()
+                with suppress(Interruption):  # the job is over, whatever becomes of those who are late
+                    thread.join()
         except (Interruption, ConfigError) as stopped:
             ending = str(stopped)
             raise

@@ -22,7 +22,8 @@ class Deadlines:
     ``heartbeat_interval`` and ``heartbeat_timeout`` are between an agent and the controller; a dead worker is noticed
     at once and needs neither. ``drain_timeout``: from the order to park until every survivor has stopped, unless its
     agent sees that it is busy with what may take longer, by the limits that the run has learnt.
-    ``join_timeout``: from the start of a worker until it stands before its first step. ``execute_timeout``: from the
+    ``join_timeout``: from the start of a replacement until it can join, and from the start of the job until every node
+    has come, spare ones included if the job is over by then. ``execute_timeout``: from the
     plan until it is executed. ``hang_timeout``: how long something may take that was never seen to end a few times, a
     first step for instance; everything else has a limit by what it took before. 0: nobody looks for hangs.
     """

@@ -38,8 +38,9 @@ from megatron_flashrecovery.runtime.parking_lot import ParkingLot, Stand
 from megatron_flashrecovery.runtime.progress import Progress
 
 _BLOCKED_AFTER = 0.02
-_HELD_UP_AFTER = 0.1
-"""Seconds after the order to stop; a host that is not waiting for its device comes to its next operation by then."""
+_HELD_UP_AFTER = 0.5
+"""Seconds in which neither the device nor the main thread gets on. That it was not held up after all is not taken back,
+and healthy groups may be made anew for it."""
 _POLL = 0.01
 _BEAT = 0.25
 """Seconds between two signs of life in the page that the agent reads."""
@@ -79,6 +80,8 @@ class Line:
         self._first_step_due = seat.joining
         self._rebuilding: tuple[GroupKey, ...] = ()
         """By the newest plan."""
+        self._held_up: tuple[Spot, object, float] | None = None
+        """In which operation the device was, where the main thread was, and since when both have not changed."""
         self._errors_told: set[tuple[Epoch, GroupKey]] = set()
         self._granted: queue.SimpleQueue[tuple[dialogue.MemoryGranted, list[int]]] = queue.SimpleQueue()
         self.copies: Copies | None = None
@@ -258,17 +261,30 @@ class Line:
                 self._say_what_failed(f"{key}: {error}")
 
     def _blocked(self) -> Stand | None:
-        """What this says of a thread that is moving after all does no harm: it stands before its next operation, and
-        says so."""
         if not self._lot.stopping or self._lot.executing:
             return None
-        stopped_for = time.monotonic() - self._lot.stopped_since
-        inside, patience = self._registry.standing(), _BLOCKED_AFTER
-        if inside is None and stopped_for >= _HELD_UP_AFTER:
-            inside, patience = self._registry.held_up_in(), _HELD_UP_AFTER
-        if inside is None or min(stopped_for, time.monotonic() - inside[1]) < patience:
+        inside = self._registry.standing()
+        if inside is None:
+            spot = self._held_up_in()
+            return None if spot is None else Stand(Standing.BLOCKED, spot)
+        self._held_up = None
+        spot, since = inside
+        if time.monotonic() - max(since, self._lot.stopped_since) < _BLOCKED_AFTER:
             return None
-        return Stand(Standing.BLOCKED, inside[0])
+        return Stand(Standing.BLOCKED, spot)
+
+    def _held_up_in(self) -> Spot | None:
+        """The operation in which the device waits for others, if the main thread waits for the device, wherever: it is
+        in one call all the time."""
+        spot, place = self._registry.held_up_in(), _place_of_main_thread()
+        if spot is None:
+            self._held_up = None
+            return None
+        now = time.monotonic()
+        if self._held_up is None or self._held_up[:2] != (spot, place):
+            self._held_up = (spot, place, now)
+        since = max(self._held_up[2], self._lot.stopped_since)
+        return spot if now - since >= _HELD_UP_AFTER else None
 
     def _report(self, stand: Stand) -> Report:
         progress, copies = self._progress, self.copies
@@ -283,3 +299,10 @@ class Line:
             guests=copies.guest_steps() if copies else {},
             told=self._lot.told,
         )
+
+
+def _place_of_main_thread() -> object:
+    """Another one after each instruction that it has carried out."""
+    main = threading.main_thread().ident
+    frame = None if main is None else sys._current_frames().get(main)
+    return None if frame is None else (id(frame), frame.f_lasti)

@@ -260,8 +260,9 @@ class ParkingLot:
             self.check()
             self._pulse.enter("", what)
 
-    def wait_until_begun(self, timeout: float) -> None:
-        self.wait_until(lambda: self._begun, "the other ranks to come to their first step", timeout)
+    def wait_until_begun(self) -> None:
+        """As long as it takes: the one who is late may be ended, but not those who wait for it."""
+        self.wait_until(lambda: self._begun, "the other ranks to come to their first step")
 
     def wait_for_plan(self) -> None:
         """For a replacement: until there is the plan that it joins by, or another loss has overtaken it already."""

@@ -23,7 +23,7 @@ from megatron_flashrecovery.core.messages import ExecutePlan
 from megatron_flashrecovery.core.policy import Fault
 from megatron_flashrecovery.core.reports import Update
 from megatron_flashrecovery.core.shares import Share, Source
-from megatron_flashrecovery.detect.exceptions import leaves_device_unusable
+from megatron_flashrecovery.detect.exceptions import fault_of, leaves_device_unusable
 from megatron_flashrecovery.runtime.dialogue import Seat
 from megatron_flashrecovery.runtime.framework import Framework, StepRecord
 from megatron_flashrecovery.runtime.keeper import Keeper
@@ -67,6 +67,8 @@ class Recovery:
         self._progress = progress
         self._seconds: dict[str, float] = {}
         self._live = not seat.joining
+        self._cut_short = 0
+        """Plans of this recovery, here."""
 
     def join(self) -> None:
         """For a replacement: wait for the plan that it joins by, and carry it out."""
@@ -79,6 +81,7 @@ class Recovery:
             plan = self._lot.take_plan()
             try:
                 self._attempt(plan)
+                self._cut_short = 0
                 return
             except Interrupted:
                 continue
@@ -115,9 +118,13 @@ class Recovery:
 
     def _say_why_not(self, plan: ExecutePlan, share: Share, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
-        is_of_a_connection = isinstance(error, LinkLost) or not isinstance(error, FlashRecoveryError)
-        if share.source is Source.LIVE and is_of_a_connection:
-            # Whoever speaks need not be to blame, and this may be the last process that has its state.
+        is_of_a_connection = isinstance(error, LinkLost) or (
+            not isinstance(error, FlashRecoveryError) and fault_of(error) is Fault.PROCESS_ENDED
+        )
+        self._cut_short += 1
+        if share.source is Source.LIVE and is_of_a_connection and self._cut_short == 1:
+            # Whoever speaks need not be to blame, and this may be the last process that has its state. The second time
+            # it speaks of itself.
             self._line.say_plan_cut_short(plan.epoch, reason)
         else:
             fault = Fault.CORRUPTION if isinstance(error, PeersDisagree) else Fault.PLAN_FAILED

@@ -295,8 +295,7 @@ class Session:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _enter(self) -> None:
-        """Before the first protected step, or the end if there is none: the state that training starts from gets its
-        second copy."""
+        """Before the first protected step, or the end: the state that training starts from gets its second copy."""
         if self._entered:
             return
         self._entered = True
@@ -313,11 +312,12 @@ class Session:
         self._complete(step, StepRecord(None, None))
         if not self._ownership.sharded:
             self._keeper.capture(step, with_record(self._progress.values[step], None))
-        acknowledged = partial(self._keeper.has_acknowledged, step)
-        self._lot.wait_until(acknowledged, self._mirror_of(step), self._seat.join_timeout)
+        has_copy = partial(self._keeper.has_acknowledged, step)
+        self._lot.wait_until(has_copy, self._mirror_of(step), self._seat.join_timeout)
         self._estate.begin(startup)
         self._line.say_ready(startup)
-        self._do(partial(self._lot.wait_until_begun, self._seat.join_timeout), "the beginning", step)
+        with self._inside_of("the beginning", step):
+            self._do(self._lot.wait_until_begun, "the beginning", step)
 
     def _mirror_of(self, step: Step) -> str:
         return f"rank {self._keeper.host} to acknowledge the mirror of step {step}"

@@ -12,7 +12,7 @@ from megatron_flashrecovery.core.ids import Rank
 from megatron_flashrecovery.runtime.saying import say
 from megatron_flashrecovery.runtime.workers import Worker
 
-_PATIENCE = 20.0
+_LONGEST = 20.0
 """Seconds. A process that is stuck in a driver may never end; its successor is let loose then, and may have luck."""
 _SILENT_FOR = 2.0
 
@@ -25,17 +25,24 @@ class _Turn:
 
 
 class Succession:
-    """Of the seats of one node. ``clock`` in seconds."""
+    """Of the seats of one node. ``patience`` and ``clock`` in seconds."""
 
-    def __init__(self, living: Callable[[], Iterable[Worker]], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, living: Callable[[], Iterable[Worker]], patience: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._living = living
+        self._patience = min(patience, _LONGEST)
         self._clock = clock
         self._turns: dict[Rank, _Turn] = {}
 
     def enter(self, ranks: Sequence[Rank], *, joining: bool) -> None:
-        """Instead of what was to start there before."""
+        """Instead of what was to start there before, and no later."""
         for rank in ranks:
-            self._turns[rank] = _Turn(joining, self._clock())
+            before = self._turns.get(rank)
+            self._turns[rank] = _Turn(joining, self._clock() if before is None else before.since)
+
+    def __bool__(self) -> bool:
+        return bool(self._turns)
 
     def drop(self, ranks: Iterable[Rank]) -> None:
         for rank in ranks:
@@ -51,14 +58,14 @@ class Succession:
             waited = now - turn.since
             if (before := in_the_way.get(rank)) is None or waited < _SILENT_FOR:
                 continue
-            if waited >= _PATIENCE:
+            if waited >= self._patience:
                 say(
                     f"process {before.pid} of rank {rank} has not ended for {waited:.0f} s; its successor starts anyway"
                 )
                 del in_the_way[rank]
             elif not turn.is_told:
                 turn.is_told = True
-                say(f"rank {rank} starts when process {before.pid} has ended, or in {_PATIENCE - waited:.0f} s")
+                say(f"rank {rank} starts when process {before.pid} has ended, or in {self._patience - waited:.0f} s")
         due = [(rank, turn.joining) for rank, turn in self._turns.items() if rank not in in_the_way]
         self.drop(rank for rank, _ in due)
         return due

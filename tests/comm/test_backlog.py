@@ -11,10 +11,12 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_flashrecovery.comm.backlog import backlog, held_up_in
 from megatron_flashrecovery.comm.communicator import GroupIdentity
 from megatron_flashrecovery.comm.handle import FlashGroup
+from megatron_flashrecovery.comm.set_up import SetUp
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
 from megatron_flashrecovery.core.messages import ClockTicked, Fence, RanksHung
@@ -56,7 +58,7 @@ class Trainer:
         identity = GroupIdentity(
             GroupKey(name), ranks, ranks.index(self.rank), (("cpu", "gloo"),), timedelta(seconds=5)
         )
-        return FlashGroup(identity, FakeParking(), Whereabouts(self.pulse), lambda _group: end)
+        return FlashGroup(identity, FakeParking(), Whereabouts(self.pulse), lambda _group: end, SetUp(dist.HashStore()))
 
     def reduce(self, name: str) -> None:
         self.groups[name].allreduce([torch.zeros(BIG)]).wait()
@@ -163,11 +165,10 @@ def test_a_device_is_held_up_where_the_others_have_not_come_and_not_by_itself(cl
     assert held_up_in(trainer.groups.values()) is None
     trainer.reduce("dp0")
     trainer.reduce("world")
-    spot, _ = held_up_in(trainer.groups.values())
+    spot = held_up_in(trainer.groups.values())
     assert (spot.group, spot.operation, spot.number) == ("dp0", "allreduce", 1)
     trainer.ends["dp0"].release()
-    spot, _ = held_up_in(trainer.groups.values())
-    assert spot.group == "world"
+    assert held_up_in(trainer.groups.values()).group == "world"
     trainer.ends["world"].default.sever()
     assert held_up_in(trainer.groups.values()) is None
     trainer.stream.hang()

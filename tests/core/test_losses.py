@@ -96,6 +96,17 @@ def test_a_rank_that_cannot_execute_is_fenced_and_its_source_is_not_trusted():
     assert plans[1].shares[1].source is Source.OWN
 
 
+def test_what_a_fenced_rank_kept_counts_also_if_it_had_taken_its_seat_late():
+    """Its worker waited for the end of the one before, and another epoch had begun by then."""
+    job = draining_job(3)
+    play(job, lost(B, 2))
+    play(job, stood(report(0), report(1), epoch=2, number=2), ready(B, 2, 3, epoch=2))
+    assert isinstance(job.phase, Executing)
+    play(job, PlanFailed(B, 2, 3, WorkerId("3.2"), "fingerprint differs"))
+    play(job, WorkersLost(B, (Loss(3, WorkerId("3.2"), "fenced", 2),), {3: (5,)}))
+    assert job.vault[3] == (5,)
+
+
 def test_a_seat_that_is_lost_again_and_again_falls_back():
     job = draining_job(3)
     play(job, CheckpointWritten(4))

@@ -137,7 +137,7 @@ def test_a_connection_that_fails_while_a_plan_is_carried_out_costs_another_plan_
     assert_equal(failing, outcome)
     (recovery,) = outcome.recoveries
     assert recovery.epoch == 2
-    assert "rank 0: while a plan was carried out: RuntimeError: Connection reset by peer" in outcome.said
+    assert "rank 0: while a plan was carried out: DistNetworkError: Connection reset by peer" in outcome.said
 
 
 def test_the_loss_of_the_fork_server_is_named_and_changes_no_bit(tmp_path: Path, assert_equal: Equal) -> None:

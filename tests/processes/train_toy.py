@@ -196,7 +196,7 @@ def break_real_device(error: str) -> None:
 
 def fail_once(code: int | None, once: Path) -> None:
     if _is_first(once):
-        raise RuntimeError("Connection reset by peer") if code is None else device_error(code)
+        raise dist.DistNetworkError("Connection reset by peer") if code is None else device_error(code)
 
 
 def _is_first(path: Path | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,9 @@ class Workers:
 
     def kill(self, worker: Worker) -> None:
         worker.doomed = True
+
+    def tell(self, worker: Worker, number: signal.Signals) -> None:
+        worker.told = number
 
     def reap(self) -> None:
         doomed = [worker for worker in self.living if worker.doomed]
@@ -140,6 +144,15 @@ def test_a_successor_starts_when_its_predecessor_has_ended(node_of: Callable[[in
     assert [seat.rank for seat in node.workers.seats()] == [3]
     seats = node.obey()
     assert sorted((seat.rank, seat.joining, seat.epoch) for seat in seats) == [(2, True, 2), (3, False, 0)]
+
+
+def test_a_successor_hears_the_signal_that_was_passed_on_before_it_came(node_of: Callable[[int], Node]) -> None:
+    node = node_of(1)
+    node.obey(NodeWelcome(Epoch(0), "head", 7, RANKS))
+    node.hear(RestartAll(Epoch(1), "lost before everybody had started", from_checkpoint=False), signal.SIGTERM)
+    assert node.agent._dismissal is None, "no worker sits anywhere, but some will"
+    assert len(node.obey()) == 2
+    assert [worker.told for _, worker in node.workers.seated()] == [signal.SIGTERM, signal.SIGTERM]
 
 
 def test_nobody_starts_on_a_node_that_is_left_out_while_its_predecessor_ends(node_of: Callable[[int], Node]) -> None:

@@ -17,6 +17,7 @@ from megatron_flashrecovery.core.messages import Drain, ExecutePlan, Park, Resum
 from megatron_flashrecovery.core.reports import Match, Spot, Standing
 from megatron_flashrecovery.core.shares import Share, Source
 from megatron_flashrecovery.detect.pulse import Pulse
+from megatron_flashrecovery.runtime import line as line_module
 from megatron_flashrecovery.runtime.dialogue import OperationFailed, Seat, Stood, dialogue_codec
 from megatron_flashrecovery.runtime.line import Line
 from megatron_flashrecovery.runtime.parking_lot import ParkingLot
@@ -58,7 +59,7 @@ class BlockedRegistry:
     def backlog(self) -> None:
         """Its host waits for each operation."""
 
-    def held_up_in(self) -> tuple[Spot, float] | None:
+    def held_up_in(self) -> Spot | None:
         return None
 
 
@@ -131,27 +132,48 @@ class FreeRegistry(BlockedRegistry):
 class WaitingForDevice(FreeRegistry):
     """As in ``torch.cuda.synchronize()`` behind an operation for which the others do not come."""
 
-    def held_up_in(self) -> tuple[Spot, float]:
-        return SPOT, self._since
+    def held_up_in(self) -> Spot:
+        return SPOT
 
 
-def test_a_rank_whose_host_waits_for_its_device_says_in_which_operation_that_is(line_of: Any) -> None:
+def test_a_rank_whose_host_waits_for_its_device_says_in_which_operation_that_is(
+    line_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line_module, "_HELD_UP_AFTER", 0.05)
+    main_thread = iter(["computing", "waiting", "waiting", "waiting"])
+    monkeypatch.setattr(line_module, "_place_of_main_thread", lambda: next(main_thread))
     line, ours, lot = line_of(WaitingForDevice())
     line._obey(Park(Epoch(1), OrderNumber(1), (Rank(0),)))
+    time.sleep(0.06)
     line._look_again()
     with pytest.raises(TimeoutError):
-        ours.receive(0.0)  # it may be on its way to its next operation
-    time.sleep(0.12)
+        ours.receive(0.0)  # it has moved, and may be on its way to its next operation
+    time.sleep(0.06)
     line._look_again()
     said, _ = ours.receive(1.0)
     assert (said.report.standing, said.report.spot) == (Standing.BLOCKED, SPOT)
-    lot.get_out_of_the_way(False, None)
     line._obey(ExecutePlan(NodeId("a"), Epoch(1), OrderNumber(2), Step(0), True, (Share(Rank(1), Source.LIVE),)))
     lot.take_plan()
-    time.sleep(0.12)
     line._look_again()
     with pytest.raises(TimeoutError):
         ours.receive(0.0)  # in a plan it is no news that others are waited for
+
+
+def test_a_thread_that_is_in_one_call_is_at_one_place() -> None:
+    places: list[object] = []
+    looked = threading.Event()
+
+    def look() -> None:
+        for _ in range(2):
+            time.sleep(0.02)
+            places.append(line_module._place_of_main_thread())
+        looked.set()
+
+    threading.Thread(target=look, daemon=True).start()
+    assert looked.wait(5.0)
+    assert places[0] == places[1]
+    assert places[0] is not None
+    assert line_module._place_of_main_thread() != places[0]
 
 
 class RecordedCopies:

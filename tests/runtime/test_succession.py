@@ -27,7 +27,7 @@ def sitting(rank: int) -> Worker:
 
 
 def test_a_seat_that_nobody_sits_on_is_taken_at_once_and_once() -> None:
-    succession = Succession(lambda: [sitting(1)])
+    succession = Succession(lambda: [sitting(1)], 20.0)
     succession.enter([Rank(0), Rank(2)], joining=True)
     assert succession.due() == [(0, True), (2, True)]
     assert succession.due() == []
@@ -35,7 +35,7 @@ def test_a_seat_that_nobody_sits_on_is_taken_at_once_and_once() -> None:
 
 def test_what_was_to_start_there_before_is_forgotten() -> None:
     living = [sitting(0)]
-    succession = Succession(lambda: living)
+    succession = Succession(lambda: living, 20.0)
     succession.enter([Rank(0)], joining=True)
     succession.enter([Rank(0)], joining=False)
     assert succession.due() == []
@@ -45,13 +45,14 @@ def test_what_was_to_start_there_before_is_forgotten() -> None:
 
 def test_a_process_that_never_ends_is_told_of_and_not_waited_for_for_ever(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    succession = Succession(lambda: [sitting(0)], clock)
+    succession = Succession(lambda: [sitting(0)], 75.0, clock)
     succession.enter([Rank(0)], joining=True)
     assert succession.due() == []
     assert capsys.readouterr().err == ""
     for clock.now in (3.0, 4.0):
         assert succession.due() == []
     assert capsys.readouterr().err == "flashrecovery: rank 0 starts when process 4711 has ended, or in 17 s\n"
+    succession.enter([Rank(0)], joining=True)  # by another order: it has waited long enough all the same
     clock.now = 20.0
     assert succession.due() == [(0, True)]
     assert "process 4711 of rank 0 has not ended for 20 s; its successor starts anyway" in capsys.readouterr().err

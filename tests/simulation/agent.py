@@ -53,7 +53,7 @@ class Agent:
         self.started_anew_in = epoch
         self.vault.clear()
         self.poisoned.clear()
-        ranks = list(self.workers)
+        ranks = [*self.workers, *(rank for rank in self.started_for if rank not in self.workers)]
         for rank in ranks:
             self._end(rank)
         self.from_checkpoint = from_checkpoint
@@ -158,11 +158,24 @@ class Agent:
                 continue
             self._end(rank)
             self.epoch = max(self.epoch, command.epoch)
-            is_first = command.epoch == self.started_anew_in
-            self._start(rank, command.epoch, is_first)
-            if is_first:
+            self.started_for[rank] = command.epoch
+            if command.epoch == self.started_anew_in:
+                self._start(rank, command.epoch, is_first=True)
                 self._describe([rank])
                 self.world.load(self.workers[rank], self.from_checkpoint)
+            else:
+                self._start_when_it_has_ended(rank, command.epoch)
+
+    def _start_when_it_has_ended(self, rank: Rank, ordered_for: Epoch) -> None:
+        """The process that sat here takes its time; orders come meanwhile."""
+
+        def start() -> None:
+            # All workers may have been started from the top since.
+            if self.is_alive and self.started_for[rank] == ordered_for and ordered_for > self.started_anew_in:
+                self._start(rank, max(ordered_for, self.epoch), is_first=False)
+                self.started_for[rank] = ordered_for
+
+        self.world.push(start)
 
     def _fence(self, command: Fence) -> None:
         for rank in command.ranks:

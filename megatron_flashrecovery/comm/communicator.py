@@ -68,12 +68,9 @@ class Transport(Protocol):
     backend_type: dist.ProcessGroup.BackendType
     host_synchronous: bool
     """Waiting for a work blocks the host until it is done. Otherwise it only orders the device's stream."""
-    is_connected: bool
-    """Nothing is left that the first operation would set up."""
 
     def connect(self) -> None:
-        """Set up what would otherwise be set up by the first operation. A collective call; a second one does nothing.
-        On any thread; raises ``Severed`` if that was ordered meanwhile."""
+        """Set up what would otherwise be set up by the first operation. A collective call."""
 
     def mark(self) -> Mark | None:
         """On the thread that issues an operation, right before. ``None`` if that is no longer under way than the host

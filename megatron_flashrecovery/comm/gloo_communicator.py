@@ -37,7 +37,6 @@ class GlooTransport:
     """One gloo context: a device, its connections, its threads."""
 
     host_synchronous = True
-    is_connected = True
 
     def __init__(self, identity: GroupIdentity, store: Store) -> None:
         self.backend_type = dist.ProcessGroup.BackendType.GLOO

@@ -25,7 +25,6 @@ from megatron_flashrecovery.comm.operation import POINT_TO_POINT, Call, read_cal
 from megatron_flashrecovery.comm.parking import Answer, Parking
 from megatron_flashrecovery.comm.pending import AnsweredWork, PendingWork
 from megatron_flashrecovery.comm.recording import Recorder, Replay
-from megatron_flashrecovery.comm.set_up import SetUp
 from megatron_flashrecovery.comm.tensor_bytes import fill, payload_of
 from megatron_flashrecovery.comm.tree import Tree
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
@@ -51,7 +50,6 @@ class FlashGroup(dist.ProcessGroup):
         parking: Parking,
         whereabouts: Whereabouts,
         make: Callable[[FlashGroup], Communicator],
-        set_up: SetUp,
     ) -> None:
         super().__init__(identity.rank, identity.size)  # type: ignore[call-arg]  # torch's stub lacks this one
         self.identity = identity
@@ -71,7 +69,6 @@ class FlashGroup(dist.ProcessGroup):
         self._parking = parking
         self._whereabouts = whereabouts
         self._make = make
-        self._set_up = set_up
         self._batch: list[Call] | None = None
 
     # --- what c10d asks about a group ---
@@ -294,10 +291,7 @@ class FlashGroup(dist.ProcessGroup):
         try:
             tree = self.tree
             carrier = tree if tree is not None and len(calls) == 1 and tree.carries(calls[0]) else self.live()
-            transport = carrier.transport(calls[0].outputs or calls[0].inputs)
-            if not transport.is_connected:
-                self._set_up.connect(self.identity, transport.connect, lambda: self.severed)
-            mark = transport.mark()
+            mark = carrier.transport(calls[0].outputs or calls[0].inputs).mark()
             pending.begin(carrier, entry, carrier.issue(calls, pending.device), mark)
         except (RuntimeError, ValueError, TypeError) as error:
             self.ledger.fail(entry, _first_line(error))

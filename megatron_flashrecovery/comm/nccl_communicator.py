@@ -80,33 +80,15 @@ class NcclTransport:
             raise ConfigError("this torch has no NCCL: use --distributed-backend gloo, or a build for CUDA")
         self.backend_type = dist.ProcessGroup.BackendType.NCCL
         self._device = identity.device
-        self.is_connected = False
-        self._is_connecting = False
-        self._state = threading.Lock()
         self._aborting = threading.Event()
         self._aborted = threading.Event()
         self.backend: Any = dist.ProcessGroupNCCL(store, identity.rank, identity.size, _options(identity))
         self.backend._set_sequence_number_for_group()
 
     def connect(self) -> None:
-        with self._state:
-            if self.is_connected:
-                return
-            if self._aborting.is_set():
-                raise Severed("severed before it was connected")
-            self._is_connecting, backend = True, self.backend
-        try:
-            backend.eager_connect_single_device(self._device or torch.device("cuda", torch.cuda.current_device()))
-        except RuntimeError:
-            with self._state:
-                self._is_connecting = False
-            raise
-        with self._state:
-            self._is_connecting = False
-            self.is_connected = not self._aborting.is_set()
-        if not self.is_connected:
-            backend.abort()
-            raise Severed("severed while it was connecting")
+        # Eagerly, or the first operation after a recovery would wait for whoever is late, and look like a hang.
+        device = self._device or torch.device("cuda", torch.cuda.current_device())
+        self.backend.eager_connect_single_device(device)
 
     def mark(self) -> NcclMark:
         return NcclMark()
@@ -145,21 +127,12 @@ class NcclTransport:
     @staticmethod
     def sever_batch(transports: Sequence[NcclTransport]) -> None:
         """Abort all of them at once, on other threads; ``settle`` waits for that."""
-        transports = [transport for transport in transports if transport._begin_abort()]
+        transports = [transport for transport in transports if not transport._aborting.is_set()]
         if not transports:
             return
+        for transport in transports:
+            transport._aborting.set()
         threading.Thread(target=_abort, args=(tuple(transports),), name="flashrecovery-abort", daemon=True).start()
-
-    def _begin_abort(self) -> bool:
-        """Whether there is something to abort, and nobody has begun with it. Who is connecting does it when that is
-        over, for it may take as long as its timeout, and nobody else uses the communicator."""
-        with self._state:
-            if self._aborting.is_set():
-                return False
-            self._aborting.set()
-            if self._is_connecting:
-                self._aborted.set()
-            return not self._is_connecting
 
     def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
         deadline = time.monotonic() + _ABORT_DEADLINE.total_seconds()

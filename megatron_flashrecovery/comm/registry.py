@@ -273,7 +273,7 @@ class GroupRegistry:
                 f"so a loss in it restarts all of its members; make groups before the training loop",
                 flush=True,
             )
-        group = FlashGroup(identity, self._parking, self._whereabouts, self._make, self._set_up)
+        group = FlashGroup(identity, self._parking, self._whereabouts, self._make)
         self._groups[identity.key] = group
         if self._record is not None:
             group.replay = Replay(self.rank, identity.key, self._record.answers.get(str(identity.key), ()))
@@ -286,14 +286,16 @@ class GroupRegistry:
     def _alive(self) -> dict[GroupKey, FlashGroup]:
         return {key: group for key, group in self._groups.copy().items() if not group.destroyed}
 
-    def _make(self, group: FlashGroup) -> Communicator:
-        meet(self._store_of(group), group.identity.size, lambda: group.severed, self._timeout)
-        if not (self._recording and self._epoch == self._start_epoch):
-            return self._set_up.make(group.identity, self._prefix_of(group), lambda: group.severed)
-        # Here the loss of a member ends it for all; but what is not connected at once may be so in the first step.
-        connects_later = any(name == "nccl" for _, name in group.identity.backends)
-        store = self._set_up.store() if connects_later else self._store
-        return Communicator(group.identity, PrefixStore(self._prefix_of(group), store))
+    def _make(self, group: FlashGroup, eagerly: bool = False) -> Communicator:
+        store = self._store_of(group)
+        meet(store, group.identity.size, lambda: group.severed, self._timeout)
+        if self._recording and self._epoch == self._start_epoch:
+            # Here the loss of a member ends it for all, so nobody needs to be freed.
+            communicator = Communicator(group.identity, store)
+            if eagerly:
+                communicator.connect()
+            return communicator
+        return self._set_up.make(group.identity, self._prefix_of(group), lambda: group.severed, eagerly)
 
     def _connect(self, group: FlashGroup, eagerly: bool = True) -> None:
         """A job-sized group only gets its tree; its flat communicator is made when a large operation comes. Whoever is
@@ -305,9 +307,7 @@ class GroupRegistry:
                 group.tree.sever(group.severed)  # ordered when there was none yet
             group.tree.relink(self._store_of(group), int(self._epoch))
         elif group.identity.size > 1:
-            communicator = group.adopt(self._make(group))
-            if eagerly:
-                communicator.connect()
+            group.adopt(self._make(group, eagerly))
         group.ledger.begin()
 
     def _store_of(self, group: FlashGroup) -> Store:

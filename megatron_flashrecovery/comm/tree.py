@@ -46,7 +46,6 @@ class Tree:
     """The carrier of a group's small operations, with the face that a communicator shows to works."""
 
     host_synchronous = True
-    is_connected = True
     closed = False
 
     def __init__(self, member: int, size: int, timeout: timedelta) -> None:
@@ -83,10 +82,7 @@ class Tree:
         """Those that do not have raised when they were issued."""
         return True
 
-    def connect(self) -> None:
-        """Its links are made when its group is."""
-
-    def settle(self, on_wait: Callable[[], None] = lambda: None) -> None:
+    def settle(self) -> None:
         """Severing is done when ``sever`` returns."""
 
     def sever(self, reason: str) -> None:

@@ -215,7 +215,8 @@ class Agent:
             worker = self._spares.pop(0) if self._spares else self._workers.start(f"rank{rank}.log")
             worker.seat = self._seats.seat(rank, self._epoch, joining, self.injections.orders(rank))
             self._say(worker, worker.seat, self._watch.take(worker.id))
-            if self._departures.passed_on is not None:
+            # A replacement learns from the others that they leave; whoever starts with all others has to be told.
+            if self._departures.passed_on is not None and not joining:
                 self._workers.tell(worker, self._departures.passed_on)
 
     def _to_all(self, order: object) -> None:

@@ -150,43 +150,47 @@ def _controller(config: LaunchConfig, told: _Told) -> Iterator[tuple[str, Callab
     controller = Controller(config, job, (config.master_addr, store_port), chronicle, spool, diagnostician)
     ending = _UNEXPLAINED
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(
-        target=lambda: loop.run_until_complete(controller.run()), name="flashrecovery-controller", daemon=True
-    )
+    # Not the thread itself: a join that a signal interrupts makes it look as if it had ended.
+    is_over = threading.Event()
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(controller.run())
+        finally:
+            is_over.set()
+
+    thread = threading.Thread(target=run, name="flashrecovery-controller", daemon=True)
     try:
         port = loop.run_until_complete(controller.start(config.master_addr, config.master_port))
         thread.start()
 
         def stop(reason: str) -> None:
-            stopped = threading.Event()
-            until = time.monotonic() + _GRACE
-            if thread.is_alive():
-                loop.call_soon_threadsafe(controller.stop, reason)
-                loop.call_soon_threadsafe(stopped.set)
-            # Its loop may have ended with these two unread.
-            while thread.is_alive() and not stopped.wait(0.05) and time.monotonic() < until:
+            has_stopped, until = threading.Event(), time.monotonic() + _GRACE
+            loop.call_soon_threadsafe(controller.stop, reason)
+            loop.call_soon_threadsafe(has_stopped.set)
+            # The loop may have ended with these two unread.
+            while not is_over.is_set() and not has_stopped.wait(0.05) and time.monotonic() < until:
                 pass
 
         try:
             yield f"{config.master_addr}:{port}", stop
             if told.first is None:
                 with suppress(Interruption):  # the job is over, whatever becomes of those who are late
-                    thread.join()
+                    is_over.wait()
         except (Interruption, ConfigError) as stopped:
             ending = str(stopped)
             raise
         finally:
             stop(ending)
-            if thread.is_alive():
-                loop.call_soon_threadsafe(controller.leave)
-                thread.join(timeout=_GRACE)
+            loop.call_soon_threadsafe(controller.leave)
+            is_over.wait(_GRACE)
     finally:
         chronicle.close(ending)
         if diagnostician is not None:
             diagnostician.close()
         if spool is not None:
             spool.close()
-        if not thread.is_alive():
+        if is_over.is_set() or thread.ident is None:
             loop.close()
         del keep_store
 

@@ -38,9 +38,9 @@ from megatron_flashrecovery.runtime.parking_lot import ParkingLot, Stand
 from megatron_flashrecovery.runtime.progress import Progress
 
 _BLOCKED_AFTER = 0.02
-_HELD_UP_AFTER = 0.5
-"""Seconds in which neither the device nor the main thread gets on. That it was not held up after all is not taken back,
-and healthy groups may be made anew for it."""
+_HELD_UP_AFTER = 1.0
+"""Seconds in which neither the device nor the main thread gets on. A backward pass is one call of the main thread, so
+one that issues nothing for so long looks like this, too. It is not taken back, and healthy groups may be made anew."""
 _POLL = 0.01
 _BEAT = 0.25
 """Seconds between two signs of life in the page that the agent reads."""
@@ -280,11 +280,10 @@ class Line:
         if spot is None:
             self._held_up = None
             return None
-        now = time.monotonic()
-        if self._held_up is None or self._held_up[:2] != (spot, place):
-            self._held_up = (spot, place, now)
-        since = max(self._held_up[2], self._lot.stopped_since)
-        return spot if now - since >= _HELD_UP_AFTER else None
+        now, held_up = time.monotonic(), self._held_up
+        if held_up is None or held_up[:2] != (spot, place):
+            held_up = self._held_up = (spot, place, now)
+        return spot if now - max(held_up[2], self._lot.stopped_since) >= _HELD_UP_AFTER else None
 
     def _report(self, stand: Stand) -> Report:
         progress, copies = self._progress, self.copies

@@ -118,7 +118,6 @@ class FaultyTransport:
     """Waits like NCCL: only ``finish`` waits for the device, and it returns for aborted ones too."""
 
     host_synchronous = False
-    is_connected = True
     backend = None
     backend_type = dist.ProcessGroup.BackendType.CUSTOM
 

@@ -11,12 +11,10 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_flashrecovery.comm.backlog import backlog, held_up_in
 from megatron_flashrecovery.comm.communicator import GroupIdentity
 from megatron_flashrecovery.comm.handle import FlashGroup
-from megatron_flashrecovery.comm.set_up import SetUp
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.ids import Epoch, GroupKey, Rank, Step
 from megatron_flashrecovery.core.messages import ClockTicked, Fence, RanksHung
@@ -58,7 +56,7 @@ class Trainer:
         identity = GroupIdentity(
             GroupKey(name), ranks, ranks.index(self.rank), (("cpu", "gloo"),), timedelta(seconds=5)
         )
-        return FlashGroup(identity, FakeParking(), Whereabouts(self.pulse), lambda _group: end, SetUp(dist.HashStore()))
+        return FlashGroup(identity, FakeParking(), Whereabouts(self.pulse), lambda _group: end)
 
     def reduce(self, name: str) -> None:
         self.groups[name].allreduce([torch.zeros(BIG)]).wait()

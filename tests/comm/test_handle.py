@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from megatron_flashrecovery.comm.communicator import GroupIdentity, Severed, sever_together
 from megatron_flashrecovery.comm.handle import FlashGroup, NotRepeatable
 from megatron_flashrecovery.comm.parking import Answer, Interrupted, Proceed
-from megatron_flashrecovery.comm.set_up import SetUp
 from megatron_flashrecovery.comm.whereabouts import Whereabouts
 from megatron_flashrecovery.core.errors import ConfigError
 from megatron_flashrecovery.core.ids import GroupKey, Rank, Step
@@ -36,8 +34,7 @@ class Rig:
         self.first = FaultyCommunicator()
         self.made: list[FaultyCommunicator] = []
         identity = GroupIdentity(KEY, (Rank(3), Rank(5)), 0, (("cpu", "gloo"),), timedelta(seconds=5))
-        set_up = SetUp(dist.HashStore())
-        self.group = FlashGroup(identity, self.parking, self.whereabouts, self._make, set_up)
+        self.group = FlashGroup(identity, self.parking, self.whereabouts, self._make)
 
     def _make(self, _group: FlashGroup) -> Any:
         self.made.append(self.first if not self.made else FaultyCommunicator())
@@ -66,36 +63,6 @@ class Rig:
         self.group.disconnect()
         self.group.ledger.begin()
         return Proceed()
-
-
-def test_what_connects_in_its_first_operation_is_left_when_it_is_severed_there(monkeypatch):
-    """As NCCL does in the groups that Megatron-LM makes: a member that dies then holds nobody up."""
-    rig = Rig()
-    others_come, connecting_on = threading.Event(), []
-
-    def connect() -> None:
-        connecting_on.append(threading.current_thread())
-        rig.group.sever("rank 5 is lost", None)
-        others_come.wait(10.0)
-
-    monkeypatch.setattr(rig.first.default, "is_connected", False)
-    monkeypatch.setattr(rig.first.default, "connect", connect)
-    with pytest.raises(Severed, match="rank 5 is lost"):
-        rig.group.allreduce([torch.ones(1000)])
-    assert connecting_on != [threading.current_thread()]
-    assert rig.first.inner.calls == []
-    ((spot, _),) = rig.parking.failures
-    assert (spot.operation, rig.group.ledger.count().broken) == ("allreduce", "rank 5 is lost")
-    others_come.set()
-
-
-def test_what_connects_in_its_first_operation_is_connected_before_that(monkeypatch):
-    rig = Rig()
-    connected = []
-    monkeypatch.setattr(rig.first.default, "is_connected", False)
-    monkeypatch.setattr(rig.first.default, "connect", lambda: connected.append(list(rig.first.inner.calls)))
-    rig.group.allreduce([torch.ones(1000)])
-    assert (connected, rig.first.inner.calls) == ([[]], ["allreduce"])
 
 
 def test_an_aborted_reduction_is_not_believed_though_it_returned():

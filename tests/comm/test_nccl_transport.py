@@ -23,8 +23,6 @@ class FakeNccl:
     log: ClassVar[list[str]] = []
     abort_may_end: ClassVar[threading.Event]
     aborts_meet: ClassVar[threading.Barrier]
-    connecting: ClassVar[threading.Event]
-    others_come: ClassVar[threading.Event]
 
     class Options:
         _timeout: Any = None
@@ -34,11 +32,6 @@ class FakeNccl:
 
     def _set_sequence_number_for_group(self) -> None:
         self.found = ErrorType.SUCCESS
-
-    def eager_connect_single_device(self, device: object) -> None:
-        self.log.append(f"connect {self.name}")
-        self.connecting.set()
-        assert self.others_come.wait(10)
 
     def get_error(self) -> ErrorType:
         return self.found
@@ -60,8 +53,6 @@ class FakeNccl:
 def make(monkeypatch):
     FakeNccl.log.clear()
     FakeNccl.abort_may_end = threading.Event()
-    FakeNccl.connecting, FakeNccl.others_come = threading.Event(), threading.Event()
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     FakeNccl.aborts_meet = threading.Barrier(1)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeNccl, raising=False)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
@@ -96,40 +87,6 @@ def test_severing_does_not_wait_for_the_abort_but_settling_does(make):
     FakeNccl.abort_may_end.set()
     settled.join(timeout=10)
     assert not settled.is_alive()
-
-
-def test_who_is_connecting_is_not_waited_for_and_aborts_when_it_comes_to_that(make):
-    transport = make("a")
-    FakeNccl.abort_may_end.set()
-    ends: list[str] = []
-
-    def connect() -> None:
-        with pytest.raises(Severed, match="while it was connecting"):
-            transport.connect()
-        ends.append("left")
-
-    left_behind = threading.Thread(target=connect)
-    left_behind.start()
-    assert FakeNccl.connecting.wait(10)
-    transport.close(gently=False)
-    assert FakeNccl.log == ["connect a"]
-    FakeNccl.others_come.set()
-    left_behind.join(10)
-    assert ends == ["left"]
-    assert FakeNccl.log[:3] == ["connect a", "abort a", "end"]
-
-
-def test_nothing_connects_twice_or_after_it_was_severed(make):
-    FakeNccl.others_come.set()
-    FakeNccl.abort_may_end.set()
-    transport = make("a")
-    transport.connect()
-    transport.connect()
-    assert FakeNccl.log == ["connect a"]
-    severed = make("b")
-    severed.sever()
-    with pytest.raises(Severed):
-        severed.connect()
 
 
 def test_severing_twice_aborts_once(make):

@@ -43,8 +43,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> type[SlowToConnect]:
     return SlowToConnect
 
 
-def make(severed: Callable[[], str | None]) -> Any:
-    return SetUp(dist.HashStore()).make(IDENTITY, "1/dp", severed)
+def make(severed: Callable[[], str | None], eagerly: bool = True) -> Any:
+    return SetUp(dist.HashStore()).make(IDENTITY, "1/dp", severed, eagerly)
 
 
 def test_who_is_told_that_a_member_is_gone_leaves_the_connecting_behind(slow: type[SlowToConnect]) -> None:
@@ -62,10 +62,15 @@ def test_what_has_connected_is_handed_over(slow: type[SlowToConnect]) -> None:
     assert not slow.closed.is_set()
 
 
+def test_what_is_not_wanted_at_once_is_not_connected(slow: type[SlowToConnect]) -> None:
+    make(lambda: None, eagerly=False)
+    assert slow.connected_on == []
+
+
 def test_an_error_on_the_way_is_that_of_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_identity: GroupIdentity) -> Any:
+    def broken(_identity: object, _store: object) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(module, "Communicator", lambda identity, store: broken(identity))
+    monkeypatch.setattr(module, "Communicator", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         make(lambda: None)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_flashrecovery.cli import main
@@ -325,3 +326,16 @@ def test_status_tells_where_seats_are_and_faults_find_them_there(tmp_path: Path)
         said = inject(tmp_path / "0", "kill:rank=2")
         assert said.returncode == 0, said.stderr
         job.wait_for_recovery(2)
+
+
+def test_a_signal_while_a_late_node_is_waited_for_makes_no_failure_of_a_finished_job(tmp_path: Path) -> None:
+    job = Job(ranks=1, arguments=("--steps", "3"))
+    with several_nodes(job, tmp_path, spares=1) as several:
+        first, _ = several.start(0), several.start(1)
+        first.wait_for((tmp_path / "0" / "summary.json").exists, "the end of the job", STARTED_WITHIN)
+        launcher = psutil.Process(first.process.pid)
+        first.wait_for(lambda: not launcher.children(), "its workers and their server to end")
+        first.process.terminate()
+        said, _ = first.process.communicate(timeout=20)
+        assert first.process.returncode == 0, said
+        assert "the job is over; node2 has not come yet" in said

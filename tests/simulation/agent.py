@@ -171,7 +171,7 @@ class Agent:
 
         def start() -> None:
             # All workers may have been started from the top since.
-            if self.is_alive and self.started_for[rank] == ordered_for and ordered_for > self.started_anew_in:
+            if self.is_alive and self.started_for.get(rank) == ordered_for and ordered_for > self.started_anew_in:
                 self._start(rank, max(ordered_for, self.epoch), is_first=False)
                 self.started_for[rank] = ordered_for
 
@@ -182,6 +182,8 @@ class Agent:
             worker = self.workers.get(rank)
             if worker is not None and worker.is_alive and worker.started_for < command.epoch:
                 self.lose([rank], "fenced")
+            if command.fault is Fault.NODE_LOST:
+                self.started_for.pop(rank, None)
 
     def name(self, rank: Rank) -> WorkerId:
         return self.workers[rank].name
